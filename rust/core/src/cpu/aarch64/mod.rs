@@ -1,0 +1,3 @@
+//! aarch64 instruction sets.
+
+pub(super) mod neon;

@@ -1,0 +1,24 @@
+//! CPU kernels. Each is one generic function over [`simd::Simd`], compiled for every instruction set and chosen by
+//! [`isa::dispatch`].
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+mod codes;
+mod decode;
+mod dequantize;
+mod isa;
+mod linear;
+mod panel;
+mod parallel;
+mod quantize;
+mod scalar;
+mod simd;
+mod source;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use dequantize::{dequantize, dequantize_rows};
+pub use isa::Isa;
+pub use linear::{Activations, linear, linear_grad_input};
+pub use quantize::{NonFinite, quantize};
+pub use source::Source;
