@@ -1,0 +1,24 @@
+//! `lowbit_rs._native`: converts arguments, releases the interpreter, maps errors. No logic lives here.
+
+#![allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value
+
+use pyo3::prelude::*;
+
+mod buffers;
+mod codebooks;
+mod errors;
+mod operations;
+mod spec;
+mod weight;
+
+/// The extension module.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    errors::register(module)?;
+    codebooks::register(module)?;
+    module.add_class::<spec::PySpec>()?;
+    module.add_class::<spec::PyLayout>()?;
+    module.add_class::<weight::WeightView>()?;
+    operations::register(module)
+}
