@@ -61,10 +61,9 @@ pub fn weight_at(weight: &PackedWeight<'_>, row: usize, col: usize) -> f32 {
         Some(codebook) => codebook.values()[packing::nibble(weight.codes(), index) as usize],
         None => f32::from(weight.codes()[index].cast_signed()),
     };
-    let (mut scale, mut shift) = ([0.0], [0.0]);
-    weight.read_scales(layout.block_of(row, col), &mut scale);
-    weight.read_shifts(layout.block_of(row, col), &mut shift);
-    if weight.has_shift() { value.mul_add(scale[0], shift[0]) } else { value * scale[0] }
+    let block = layout.block_of(row, col);
+    let scale = weight.scale(block);
+    if weight.has_shift() { value.mul_add(scale, weight.shift(block)) } else { value * scale }
 }
 
 /// `y[m, n] = sum_k x[m, k] * w[n, k] + bias[n]` in f64, from fp32 weights.

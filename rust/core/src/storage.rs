@@ -159,38 +159,29 @@ impl<'a> PackedWeight<'a> {
         self.shifts.is_some()
     }
 
-    /// Fills `out` with the fp32 scales of the blocks from `first` on.
-    #[inline]
-    pub fn read_scales(&self, first: usize, out: &mut [f32]) {
+    /// The scales as stored.
+    pub fn scales(&self) -> Scales<'a> {
+        self.scales
+    }
+
+    /// The shifts as stored, where the format has them.
+    pub fn shifts(&self) -> Option<Floats<'a>> {
+        self.shifts
+    }
+
+    /// The fp32 scale of a block.
+    pub fn scale(&self, block: usize) -> f32 {
         match self.scales {
-            Scales::Plain(floats) => read_floats(floats, first, out),
+            Scales::Plain(floats) => floats.get(block),
             Scales::Double { codes, scale_2, offset } => {
-                for (i, scale) in out.iter_mut().enumerate() {
-                    *scale = double_quant::restore(codes, scale_2, offset, first + i);
-                }
+                double_quant::restore(codes[block], scale_2[block / double_quant::BLOCK], offset)
             }
         }
     }
 
-    /// Fills `out` with the fp32 shifts of the blocks from `first` on, or with zeros where there are none.
-    #[inline]
-    pub fn read_shifts(&self, first: usize, out: &mut [f32]) {
-        match self.shifts {
-            Some(floats) => read_floats(floats, first, out),
-            None => out.fill(0.0),
-        }
-    }
-}
-
-/// Converts a range of any float type to fp32.
-#[inline]
-fn read_floats(floats: Floats<'_>, first: usize, out: &mut [f32]) {
-    use half::slice::HalfFloatSliceExt;
-    let range = first..first + out.len();
-    match floats {
-        Floats::Float32(slice) => out.copy_from_slice(&slice[range]),
-        Floats::Float16(slice) => slice[range].convert_to_f32_slice(out),
-        Floats::Bfloat16(slice) => slice[range].convert_to_f32_slice(out),
+    /// The fp32 shift of a block, 0 where the format has none.
+    pub fn shift(&self, block: usize) -> f32 {
+        self.shifts.map_or(0.0, |floats| floats.get(block))
     }
 }
 

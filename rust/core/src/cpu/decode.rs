@@ -4,16 +4,21 @@
 //! `e` of all words, then the next. A dot product does not care in which order its terms come as long as both factors
 //! agree, so the activations are put into that order once per call and the codes are never rearranged.
 
-use std::ops::Range;
-
 use super::codes::{Codes, VECTOR_BYTES, padded, with_codes};
 use super::isa::{Isa, Kernel, dispatch};
 use super::parallel;
+use super::scales::{read_scales, read_shifts};
 use super::simd::Simd;
+use crate::codebook::LEN;
+use crate::format::Layout;
 use crate::storage::PackedWeight;
 
 /// Most tokens that this path takes.
 pub(super) const MAX_TOKENS: usize = 4;
+
+/// Codes for which another thread is worth waking: it takes tens of microseconds to come, in which one thread reads
+/// about so much.
+const BYTES_PER_THREAD: usize = 512 << 10;
 
 /// How far ahead of its use a row's cache line is asked for, in bytes.
 const PREFETCH: usize = 2048;
@@ -34,6 +39,7 @@ struct Activations {
 /// `[tokens, cols]` in fp32, `y` is `[rows, tokens]`.
 pub(super) fn linear(isa: Isa, weight: &PackedWeight<'_>, x: &[f32], tokens: usize, y: &mut [f32], threads: usize) {
     debug_assert!(!weight.layout().straddles_rows && tokens <= MAX_TOKENS);
+    let threads = threads.min(1 + weight.layout().code_bytes() / BYTES_PER_THREAD);
     let activations = dispatch(isa, Arrange { weight, x, tokens });
     let rows = weight.layout().rows;
     let step = rows_at_once(rows, weight.layout().row_bytes(), threads);
@@ -120,91 +126,124 @@ impl Kernel for DecodeRows<'_> {
     }
 }
 
+/// Rows whose scales are read at once.
+const ROWS: usize = 16;
+
 impl DecodeRows<'_> {
     #[inline(always)]
     fn rows<S: Simd, C: Codes<S>, const TOKENS: usize>(self, simd: S, codes: C) {
         let layout = self.weight.layout();
         let (row_bytes, blocks) = (layout.row_bytes(), layout.blocks_per_row());
-        let scale_reader = ScaleReader::new::<C>(simd, layout.block_size);
+        let row_dot = RowDot::new(simd, codes, self.x, layout);
         // A whole vector of scales is read from any block on.
-        let padded_blocks = blocks.next_multiple_of(S::LANES) + S::LANES;
-        let mut scales = vec![0.0; padded_blocks];
-        let mut shifts = vec![0.0; padded_blocks];
-        for (row, y) in (self.first..).zip(self.y.chunks_exact_mut(TOKENS)) {
-            let bytes = &self.weight.codes()[row * row_bytes..][..row_bytes];
-            self.weight.read_scales(row * blocks, &mut scales[..blocks]);
-            let mut sums = row_dot::<S, C, TOKENS>(simd, codes, bytes, &scales, &scale_reader, self.x);
+        let mut scales = vec![0.0; ROWS * blocks + S::LANES];
+        let mut shifts = vec![0.0; if self.weight.has_shift() { ROWS * blocks + S::LANES } else { 0 }];
+        for (y, first) in self.y.chunks_mut(ROWS * TOKENS).zip((self.first..).step_by(ROWS)) {
+            let count = y.len() / TOKENS;
+            read_scales(simd, self.weight, first * blocks, &mut scales[..count * blocks]);
             if self.weight.has_shift() {
-                self.weight.read_shifts(row * blocks, &mut shifts[..blocks]);
-                add_shifts(simd, &shifts, blocks, self.x, &mut sums);
+                read_shifts(simd, self.weight, first * blocks, &mut shifts[..count * blocks]);
             }
-            for (y, sum) in y.iter_mut().zip(sums) {
-                *y = simd.sum(sum);
+            for (row, y) in y.chunks_exact_mut(TOKENS).enumerate() {
+                // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
+                let bytes = &self.weight.codes()[(first + row) * row_bytes..];
+                let mut sums = row_dot.run::<TOKENS>(bytes, &scales[row * blocks..]);
+                if self.weight.has_shift() {
+                    add_shifts(simd, &shifts[row * blocks..], blocks, self.x, &mut sums);
+                }
+                for (y, sum) in y.iter_mut().zip(sums) {
+                    *y = simd.sum(sum);
+                }
             }
         }
     }
 }
 
-/// Spreads the scales of the blocks that a vector of words covers over its lanes.
-struct ScaleReader<S: Simd> {
-    /// log2 of the block size, or more than any column's where a row is one block.
-    block_shift: u32,
-    index: S::Index,
-}
-
-impl<S: Simd> ScaleReader<S> {
-    #[inline(always)]
-    fn new<C: Codes<S>>(simd: S, block_size: usize) -> Self {
-        let is_power = block_size.is_power_of_two() && block_size >= crate::format::BlockSize::MIN;
-        let block_shift = if is_power { block_size.trailing_zeros() } else { usize::BITS - 1 };
-        let words_per_block = if is_power { block_size / C::PER_WORD } else { S::LANES };
-        Self { block_shift, index: simd.runs(words_per_block.min(S::LANES)) }
-    }
-
-    /// The scale of every lane of the words that start at column `col`.
-    #[inline(always)]
-    fn lanes(&self, simd: S, scales: &[f32], col: usize) -> S::Vector {
-        let first = col >> self.block_shift;
-        debug_assert!(first + S::LANES <= scales.len());
-        // SAFETY: `scales` is padded by a vector behind the last block.
-        simd.permute(unsafe { simd.load(scales.as_ptr().add(first)) }, self.index)
-    }
-}
-
-/// The dot products of one row with every token, a vector of partial sums each.
-#[inline(always)]
-fn row_dot<S: Simd, C: Codes<S>, const TOKENS: usize>(
+/// The dot products of a row with all tokens.
+struct RowDot<'a, S: Simd, C> {
     simd: S,
     codes: C,
-    bytes: &[u8],
-    scales: &[f32],
-    scale_reader: &ScaleReader<S>,
-    x: &Activations,
-) -> [S::Vector; TOKENS] {
-    let (vector_bytes, group) = (4 * S::LANES, S::LANES * C::PER_WORD);
-    let whole = bytes.len() / vector_bytes;
-    let has_tail = whole * vector_bytes < bytes.len();
-    let mut sums = [simd.splat(0.0); TOKENS];
-    for at in 0..whole + usize::from(has_tail) {
-        let words = if at < whole {
-            let from = bytes.as_ptr().wrapping_add(at * vector_bytes);
-            simd.prefetch(from.wrapping_add(PREFETCH));
-            // SAFETY: a whole vector lies within the row.
-            unsafe { simd.load(from.cast::<f32>()) }
-        } else {
-            let tail: [u8; VECTOR_BYTES] = padded(&bytes[at * vector_bytes..]);
-            // SAFETY: no vector is longer than the buffer.
-            unsafe { simd.load(tail.as_ptr().cast::<f32>()) }
-        };
-        // SAFETY: a token has a whole group of activations for every vector of words.
-        let partial =
-            unsafe { group_dot::<S, C, TOKENS>(simd, codes, words, x.values.as_ptr().add(at * group), x.stride) };
-        let scale = scale_reader.lanes(simd, scales, at * group);
-        for (sum, partial) in sums.iter_mut().zip(partial) {
-            *sum = simd.fma(partial, scale, *sum);
+    x: &'a Activations,
+    /// Vectors of words in a row, the last one perhaps not full.
+    vectors: usize,
+    /// log2 of the block size, or more than any column's where a row is one block.
+    block_shift: u32,
+    /// Which of the scales from the first one on each lane of words takes; in the last vector, lanes behind the end of
+    /// the row take the row's last scale.
+    scale_of_lane: S::Index,
+    scale_of_last_lane: S::Index,
+}
+
+impl<'a, S: Simd, C: Codes<S>> RowDot<'a, S, C> {
+    #[inline(always)]
+    fn new(simd: S, codes: C, x: &'a Activations, layout: &Layout) -> Self {
+        let is_row = layout.block_size >= layout.cols;
+        let block_shift = if is_row { usize::BITS - 1 } else { layout.block_size.trailing_zeros() };
+        let words_per_block = if is_row { usize::MAX } else { layout.block_size / C::PER_WORD };
+        let group = S::LANES * C::PER_WORD;
+        let vectors = layout.cols.div_ceil(group);
+        let last_first = (vectors.saturating_sub(1) * group) >> block_shift;
+        let last = layout.blocks_per_row().saturating_sub(1) - last_first;
+        Self {
+            simd,
+            codes,
+            x,
+            vectors,
+            block_shift,
+            scale_of_lane: simd.index(|lane| lane / words_per_block),
+            scale_of_last_lane: simd.index(|lane| (lane / words_per_block).min(last)),
         }
     }
-    sums
+
+    /// A vector of partial sums for each token, from the codes and scales of the row on.
+    #[inline(always)]
+    fn run<const TOKENS: usize>(&self, bytes: &[u8], scales: &[f32]) -> [S::Vector; TOKENS] {
+        let vector_bytes = 4 * S::LANES;
+        let mut sums = [self.simd.splat(0.0); TOKENS];
+        for at in 0..self.vectors - 1 {
+            let from = bytes.as_ptr().wrapping_add(at * vector_bytes);
+            self.simd.prefetch(from.wrapping_add(PREFETCH));
+            // SAFETY: every vector but the last lies within the row.
+            let words = unsafe { self.simd.load(from.cast::<f32>()) };
+            self.add::<TOKENS>(words, at, scales, self.scale_of_lane, &mut sums);
+        }
+        let last = &bytes[(self.vectors - 1) * vector_bytes..];
+        let words = if last.len() >= vector_bytes {
+            // SAFETY: as just checked.
+            unsafe { self.simd.load(last.as_ptr().cast::<f32>()) }
+        } else {
+            let tail: [u8; VECTOR_BYTES] = padded(last);
+            // SAFETY: no vector is longer than the buffer.
+            unsafe { self.simd.load(tail.as_ptr().cast::<f32>()) }
+        };
+        self.add::<TOKENS>(words, self.vectors - 1, scales, self.scale_of_last_lane, &mut sums);
+        sums
+    }
+
+    /// Adds vector `at` of the row.
+    #[inline(always)]
+    fn add<const TOKENS: usize>(
+        &self,
+        words: S::Vector,
+        at: usize,
+        scales: &[f32],
+        index: S::Index,
+        sums: &mut [S::Vector; TOKENS],
+    ) {
+        let (simd, group) = (self.simd, S::LANES * C::PER_WORD);
+        let first = (at * group) >> self.block_shift;
+        debug_assert!(first + S::LANES <= scales.len());
+        // SAFETY: scales are padded by a vector behind the last row's, and a token has a whole group of activations
+        // for every vector of words.
+        unsafe {
+            let scale = simd.permute(simd.load(scales.as_ptr().add(first)), index);
+            let x = self.x.values.as_ptr().add(at * group);
+            let partial = group_dot::<S, C, TOKENS>(simd, self.codes, words, x, self.x.stride);
+            for (sum, partial) in sums.iter_mut().zip(partial) {
+                *sum = simd.fma(partial, scale, *sum);
+            }
+        }
+    }
 }
 
 /// `sum over elements of code * x` for one vector of words and every token.
@@ -240,11 +279,14 @@ fn add_shifts<S: Simd, const TOKENS: usize>(
     x: &Activations,
     sums: &mut [S::Vector; TOKENS],
 ) {
-    let vectors: Range<usize> = 0..blocks.div_ceil(S::LANES);
-    for at in vectors.map(|vector| vector * S::LANES) {
-        // SAFETY: `shifts` and the sums of a token are padded to whole vectors.
+    for at in (0..blocks).step_by(S::LANES) {
+        let mut shift = [0.0; LEN];
+        // What follows the last shift belongs to another row.
+        let count = S::LANES.min(blocks - at);
+        shift[..count].copy_from_slice(&shifts[at..at + count]);
+        // SAFETY: no vector is longer than the buffer, and the sums of a token are padded to whole vectors.
         unsafe {
-            let shift = simd.load(shifts.as_ptr().add(at));
+            let shift = simd.load(shift.as_ptr());
             for (token, sum) in sums.iter_mut().enumerate() {
                 let x = simd.load(x.block_sums.as_ptr().add(token * x.sum_stride + at));
                 *sum = simd.fma(shift, x, *sum);

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::codes::{Codes, with_codes};
 use super::isa::{Isa, Kernel, dispatch};
 use super::parallel;
+use super::scales::{read_scales, read_shifts};
 use super::simd::Simd;
 use crate::dtype::{Element, FloatsMut, with_floats};
 use crate::format::packing;
@@ -87,11 +88,11 @@ pub(super) struct BlockScales {
 
 impl BlockScales {
     #[inline(always)]
-    fn read(&mut self, weight: &PackedWeight<'_>, blocks: Range<usize>) {
+    fn read<S: Simd>(&mut self, simd: S, weight: &PackedWeight<'_>, blocks: Range<usize>) {
         self.scales.resize(blocks.len(), 0.0);
         self.shifts.resize(blocks.len(), 0.0);
-        weight.read_scales(blocks.start, &mut self.scales);
-        weight.read_shifts(blocks.start, &mut self.shifts);
+        read_scales(simd, weight, blocks.start, &mut self.scales);
+        read_shifts(simd, weight, blocks.start, &mut self.shifts);
     }
 }
 
@@ -111,7 +112,7 @@ pub(super) fn decode_row<S: Simd, C: Codes<S>, T: Element>(
     }
     let layout = weight.layout();
     let (first, last) = (layout.block_of(row, cols.start), layout.block_of(row, cols.end - 1));
-    scratch.read(weight, first..last + 1);
+    scratch.read(simd, weight, first..last + 1);
     // Where blocks straddle rows, they are counted from the start of the matrix.
     let offset = if layout.straddles_rows { row * layout.cols } else { 0 };
     let mut col = cols.start;

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::isa::{Isa, Kernel, dispatch};
 use super::panel::{Direction, Product};
+use super::scales::widen;
 use super::simd::Simd;
 use super::{decode, parallel};
 use crate::dtype::{Element, Floats, FloatsMut, with_floats};
@@ -84,7 +85,7 @@ fn multiply(
     with_floats!(out, FloatsMut, out => {
         for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
             let out = &mut out[tokens.start * outputs..tokens.end * outputs];
-            let x = widen(isa, &x, &tokens, terms, threads);
+            let x = closely_packed(isa, &x, &tokens, terms, threads);
             let call = Call { isa, weight, direction, x: &x, terms, outputs, bias, threads };
             call.run(tokens.len(), out);
         }
@@ -153,7 +154,7 @@ impl<T: Element> Out<'_, T> {
 }
 
 /// The rows `tokens` of `x` in fp32, closely packed.
-fn widen(isa: Isa, x: &Activations<'_>, tokens: &Range<usize>, width: usize, threads: usize) -> Vec<f32> {
+fn closely_packed(isa: Isa, x: &Activations<'_>, tokens: &Range<usize>, width: usize, threads: usize) -> Vec<f32> {
     let mut out = vec![0.0; tokens.len() * width];
     if out.is_empty() {
         return out;
@@ -180,14 +181,6 @@ impl<T: Element> Kernel for Widen<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let whole = self.to.len() / S::LANES * S::LANES;
-        assert!(self.from.len() >= self.to.len());
-        for at in (0..whole).step_by(S::LANES) {
-            // SAFETY: `at + LANES` is within both slices.
-            unsafe { simd.store(self.to.as_mut_ptr().add(at), simd.load(self.from.as_ptr().add(at))) };
-        }
-        for (to, from) in self.to[whole..].iter_mut().zip(&self.from[whole..]) {
-            *to = from.to_f32();
-        }
+        widen(simd, self.from, self.to);
     }
 }

@@ -12,6 +12,7 @@ mod panel;
 mod parallel;
 mod quantize;
 mod scalar;
+mod scales;
 mod simd;
 mod source;
 #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,7 @@ use super::codes::{Codes, VECTOR_BYTES, padded, with_codes};
 use super::dequantize::{BlockScales, decode_row};
 use super::isa::{Isa, Kernel, dispatch};
 use super::parallel;
+use super::scales::{read_scales, read_shifts};
 use super::simd::Simd;
 use crate::storage::PackedWeight;
 
@@ -20,6 +21,9 @@ const VECTORS: usize = 3;
 const TERMS: usize = 512;
 /// Panels side by side that a thread works on, so that a tile of activations is loaded once for them.
 const MAX_PANELS: usize = 4;
+
+/// Products for which another thread is worth waking: about 50 microseconds of one thread.
+const PRODUCTS_PER_THREAD: usize = 4 << 20;
 
 /// Which way the weight is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +64,8 @@ impl Product<'_> {
     pub(super) fn run(&self, isa: Isa, threads: usize, finish: impl Fn(Range<usize>, &[f32], usize) + Sync) {
         let width = dispatch(isa, PanelWidth);
         let outputs = self.outputs();
+        let products = self.terms() * outputs * self.tokens;
+        let threads = threads.min(1 + products / PRODUCTS_PER_THREAD);
         let panels = (outputs.div_ceil(width) / (4 * threads.max(1))).clamp(1, MAX_PANELS);
         parallel::for_each(threads, parallel::ranges(outputs, panels * width), |range| {
             let stride = range.len().next_multiple_of(width);
@@ -261,7 +267,7 @@ impl Filler<'_> {
         let layout = self.weight.layout();
         let (group, width) = (S::LANES * C::PER_WORD, VECTORS * S::LANES);
         let first_block = terms.start / layout.block_size;
-        self.read_scales(first_block..(terms.end - 1) / layout.block_size + 1, S::LANES, &row);
+        self.read_scales(simd, first_block..(terms.end - 1) / layout.block_size + 1, &row);
         let out = panel.as_mut_ptr();
         for start in (terms.start..terms.end).step_by(group) {
             let mut words = [simd.splat(0.0); 16];
@@ -300,19 +306,20 @@ impl Filler<'_> {
         }
     }
 
-    /// Reads the scales and shifts of `blocks` of `lanes` rows into the scratch, a vector of rows a block.
+    /// Reads the scales and shifts of `blocks` of `LANES` rows into the scratch, a vector of rows a block.
     #[inline(always)]
-    fn read_scales(&mut self, blocks: Range<usize>, lanes: usize, row: &impl Fn(usize) -> usize) {
+    fn read_scales<S: Simd>(&mut self, simd: S, blocks: Range<usize>, row: &impl Fn(usize) -> usize) {
+        let lanes = S::LANES;
         let Scratch { scales, shifts, one_row, .. } = &mut self.scratch;
         scales.resize(blocks.len() * lanes, 0.0);
         shifts.resize(blocks.len() * lanes, 0.0);
         one_row.resize(blocks.len(), 0.0);
         for lane in 0..lanes {
             let first = row(lane) * self.weight.layout().blocks_per_row() + blocks.start;
-            self.weight.read_scales(first, one_row);
+            read_scales(simd, self.weight, first, one_row);
             scales[lane..].iter_mut().step_by(lanes).zip(&*one_row).for_each(|(to, from)| *to = *from);
             if self.weight.has_shift() {
-                self.weight.read_shifts(first, one_row);
+                read_shifts(simd, self.weight, first, one_row);
                 shifts[lane..].iter_mut().step_by(lanes).zip(&*one_row).for_each(|(to, from)| *to = *from);
             }
         }

@@ -15,7 +15,7 @@ impl Simd for Scalar {
     const TILE_TOKENS: usize = 4;
     type Vector = [f32; LANES];
     type Table = [f32; codebook::LEN];
-    type Index = usize;
+    type Index = [usize; LANES];
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::Vector {
@@ -79,19 +79,25 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn look_up_bytes(self, table: &[f32; 256], from: *const u8) -> Self::Vector {
+        // SAFETY: the caller vouches for `LANES` readable bytes.
+        std::array::from_fn(|i| table[unsafe { from.add(i).read() } as usize])
+    }
+
+    #[inline(always)]
     unsafe fn bytes_in_order(self, from: *const u8) -> Self::Vector {
         // SAFETY: the caller vouches for `LANES` readable bytes.
         std::array::from_fn(|i| f32::from(unsafe { from.add(i).read() }.cast_signed()))
     }
 
     #[inline(always)]
-    fn runs(self, run: usize) -> Self::Index {
-        run
+    fn index(self, from: impl Fn(usize) -> usize) -> Self::Index {
+        std::array::from_fn(from)
     }
 
     #[inline(always)]
     fn permute(self, v: Self::Vector, index: Self::Index) -> Self::Vector {
-        std::array::from_fn(|i| v[i / index])
+        index.map(|lane| v[lane])
     }
 
     #[inline(always)]

@@ -56,14 +56,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES / 2` bytes are readable at `from`.
     unsafe fn nibbles_in_order(self, table: Self::Table, from: *const u8) -> Self::Vector;
+    /// Looks up `LANES` consecutive bytes in a table of 256.
+    ///
+    /// # Safety
+    /// `LANES` bytes are readable at `from`.
+    unsafe fn look_up_bytes(self, table: &[f32; 256], from: *const u8) -> Self::Vector;
     /// Converts `LANES` consecutive signed bytes to fp32.
     ///
     /// # Safety
     /// `LANES` bytes are readable at `from`.
     unsafe fn bytes_in_order(self, from: *const u8) -> Self::Vector;
 
-    /// Lane `i` is taken from lane `i / run`.
-    fn runs(self, run: usize) -> Self::Index;
+    /// Lane `i` is taken from lane `from(i)`.
+    fn index(self, from: impl Fn(usize) -> usize) -> Self::Index;
     /// Rearranges lanes.
     fn permute(self, v: Self::Vector, index: Self::Index) -> Self::Vector;
     /// Transposes a `LANES` x `LANES` matrix of 32-bit words; `rows` holds `LANES` vectors.

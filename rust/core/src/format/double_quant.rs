@@ -35,10 +35,10 @@ pub fn quantize(scales: &[f32], codes: &mut [u8], scale_2: &mut [f32]) -> f32 {
     offset
 }
 
-/// The scale at `index`, with the two fp32 roundings of bitsandbytes' definition.
+/// The scale of one code, with the two fp32 roundings of bitsandbytes' definition.
 #[inline(always)]
-pub fn restore(codes: &[u8], scale_2: &[f32], offset: f32, index: usize) -> f32 {
-    dynamic_map()[codes[index] as usize] * scale_2[index / BLOCK] + offset
+pub fn restore(code: u8, scale_2: f32, offset: f32) -> f32 {
+    dynamic_map()[code as usize] * scale_2 + offset
 }
 
 /// The code of the dynamic map's value nearest to `u`; a tie goes to the even code.

@@ -155,16 +155,14 @@ impl Owned {
 
     /// The fp32 scale of every block.
     pub fn block_scales(&self) -> Vec<f32> {
-        let mut scales = vec![0.0; self.view().layout().block_count()];
-        self.view().read_scales(0, &mut scales);
-        scales
+        let view = self.view();
+        (0..view.layout().block_count()).map(|block| view.scale(block)).collect()
     }
 
     /// The fp32 shift of every block, 0 where the format has none.
     pub fn block_shifts(&self) -> Vec<f32> {
-        let mut shifts = vec![0.0; self.view().layout().block_count()];
-        self.view().read_shifts(0, &mut shifts);
-        shifts
+        let view = self.view();
+        (0..view.layout().block_count()).map(|block| view.shift(block)).collect()
     }
 }
 

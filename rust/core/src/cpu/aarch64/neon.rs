@@ -160,6 +160,14 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    unsafe fn look_up_bytes(self, table: &[f32; 256], from: *const u8) -> float32x4_t {
+        unsafe {
+            let values: [f32; LANES] = std::array::from_fn(|i| table[from.add(i).read() as usize]);
+            vld1q_f32(values.as_ptr())
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bytes_in_order(self, from: *const u8) -> float32x4_t {
         unsafe {
             let word = from.cast::<u32>().read_unaligned();
@@ -169,8 +177,8 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn runs(self, run: usize) -> uint8x16_t {
-        let bytes: [u8; 4 * LANES] = std::array::from_fn(|i| (4 * (i / 4 / run) + i % 4) as u8);
+    fn index(self, from: impl Fn(usize) -> usize) -> uint8x16_t {
+        let bytes: [u8; 4 * LANES] = std::array::from_fn(|i| (4 * from(i / 4) + i % 4) as u8);
         unsafe { vld1q_u8(bytes.as_ptr()) }
     }
 

@@ -6,12 +6,12 @@ use std::arch::x86_64::{
     _mm_packs_epi16, _mm_packs_epi32, _mm_prefetch, _mm_storel_epi64, _mm_storeu_si128, _mm256_add_epi32,
     _mm256_add_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps,
-    _mm256_cvtepu8_epi64, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_cvtps_ph,
-    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_packus_epi32, _mm256_permute2f128_ps, _mm256_permute4x64_epi64,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_shuffle_ps,
-    _mm256_slli_epi32, _mm256_slli_epi64, _mm256_sllv_epi32, _mm256_srai_epi32, _mm256_srli_epi32, _mm256_srli_epi64,
-    _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
+    _mm256_cvtepu8_epi32, _mm256_cvtepu8_epi64, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32,
+    _mm256_cvtps_ph, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_i32gather_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps, _mm256_or_si256, _mm256_packus_epi32, _mm256_permute2f128_ps,
+    _mm256_permute4x64_epi64, _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_si256,
+    _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_slli_epi64, _mm256_sllv_epi32, _mm256_srai_epi32, _mm256_srli_epi32,
+    _mm256_srli_epi64, _mm256_srlv_epi32, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
 use crate::codebook;
@@ -170,13 +170,21 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn look_up_bytes(self, table: &[f32; 256], from: *const u8) -> __m256 {
+        unsafe {
+            let index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            _mm256_i32gather_ps::<4>(table.as_ptr(), index)
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bytes_in_order(self, from: *const u8) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
 
     #[inline(always)]
-    fn runs(self, run: usize) -> __m256i {
-        let index: [i32; LANES] = std::array::from_fn(|i| (i / run) as i32);
+    fn index(self, from: impl Fn(usize) -> usize) -> __m256i {
+        let index: [i32; LANES] = std::array::from_fn(|i| from(i) as i32);
         unsafe { _mm256_loadu_si256(index.as_ptr().cast()) }
     }
 

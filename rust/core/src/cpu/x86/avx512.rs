@@ -5,13 +5,13 @@ use std::arch::x86_64::{
     _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128, _mm256_loadu_si256,
     _mm256_storeu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castpd_ps, _mm512_castps_pd,
     _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi8,
-    _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi64, _mm512_cvtepu16_epi32, _mm512_cvtph_ps,
-    _mm512_cvtps_epi32, _mm512_cvtps_ph, _mm512_cvtsepi32_epi8, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_add_epi32, _mm512_mask_mov_epi32, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_ps,
-    _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4,
-    _mm512_slli_epi32, _mm512_slli_epi64, _mm512_sllv_epi32, _mm512_srai_epi32, _mm512_srli_epi32, _mm512_srli_epi64,
-    _mm512_srlv_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
-    _mm512_unpacklo_ps,
+    _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtepu8_epi64, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtps_ph, _mm512_cvtsepi32_epi8, _mm512_fmadd_ps, _mm512_i32gather_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_add_epi32, _mm512_mask_mov_epi32, _mm512_mul_ps, _mm512_or_si512,
+    _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_slli_epi64, _mm512_sllv_epi32, _mm512_srai_epi32,
+    _mm512_srli_epi32, _mm512_srli_epi64, _mm512_srlv_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use crate::codebook;
@@ -149,13 +149,21 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn look_up_bytes(self, table: &[f32; 256], from: *const u8) -> __m512 {
+        unsafe {
+            let index = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_i32gather_ps::<4>(index, table.as_ptr())
+        }
+    }
+
+    #[inline(always)]
     unsafe fn bytes_in_order(self, from: *const u8) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
     }
 
     #[inline(always)]
-    fn runs(self, run: usize) -> __m512i {
-        let index: [i32; LANES] = std::array::from_fn(|i| (i / run) as i32);
+    fn index(self, from: impl Fn(usize) -> usize) -> __m512i {
+        let index: [i32; LANES] = std::array::from_fn(|i| from(i) as i32);
         unsafe { _mm512_loadu_si512(index.as_ptr().cast()) }
     }
 
