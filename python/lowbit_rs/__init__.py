@@ -1,0 +1,35 @@
+"""Linear layers whose weights are stored in 4 or 8 bits, and multiplied with as they are.
+
+>>> import torch, lowbit_rs
+>>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+>>> report = lowbit_rs.quantize_model(model, "nf4", progress=False)
+>>> model(torch.randn(3, 256)).shape
+torch.Size([3, 10])
+"""
+
+from __future__ import annotations
+
+from lowbit_rs import codebooks, nn
+from lowbit_rs._native import __version__
+from lowbit_rs.errors import CudaError, InvalidArgument, LowbitError, Unsupported
+from lowbit_rs.functional import linear, quantize
+from lowbit_rs.nn import QuantEmbedding, QuantLinear, Report, dequantize_model, quantize_model
+from lowbit_rs.packed import PackedWeight
+
+__all__ = [
+    "CudaError",
+    "InvalidArgument",
+    "LowbitError",
+    "PackedWeight",
+    "QuantEmbedding",
+    "QuantLinear",
+    "Report",
+    "Unsupported",
+    "__version__",
+    "codebooks",
+    "dequantize_model",
+    "linear",
+    "nn",
+    "quantize",
+    "quantize_model",
+]

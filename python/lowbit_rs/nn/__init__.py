@@ -1,0 +1,10 @@
+"""Modules with packed weights, and the functions that put them into a model."""
+
+from __future__ import annotations
+
+from lowbit_rs.nn.embedding import QuantEmbedding
+from lowbit_rs.nn.linear import QuantLinear
+from lowbit_rs.nn.model import dequantize_model, quantize_model
+from lowbit_rs.nn.report import Report, ReportRow
+
+__all__ = ["QuantEmbedding", "QuantLinear", "Report", "ReportRow", "dequantize_model", "quantize_model"]

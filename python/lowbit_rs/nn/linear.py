@@ -1,0 +1,151 @@
+"""QuantLinear: torch.nn.Linear with a packed weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit_rs.errors import invalid, unsupported
+from lowbit_rs.functional import CodebookLike, packed_linear, quantize
+from lowbit_rs.nn._base import PackedModule, empty_packed
+from lowbit_rs.packed import BlockSize, PackedWeight, describe, dtype_name
+
+
+class QuantLinear(PackedModule, nn.Linear):
+    """``y = x @ W.T + bias`` with W [out_features, in_features] stored in 4 or 8 bits and never wholly decoded.
+
+    Takes x [..., in_features] in float32, float16 or bfloat16 and gives [..., out_features] in the same dtype; with
+    ``compute_dtype``, x is rounded to that dtype first. Sums are fp32 in any case. Gradients flow to x, and to the bias
+    if it is made to require one; the weight is frozen.
+
+    The constructor makes a layer of zero weights, to be loaded; a float ``weight`` in a state_dict is quantized on the
+    way in. :meth:`from_linear` packs an existing layer. Options are those of :func:`lowbit_rs.quantize`; ``dtype`` is
+    that of the bias and of :meth:`dequantize`.
+    """
+
+    compute_dtype: torch.dtype | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: str = "nf4",
+        block_size: BlockSize = 64,
+        double_quant: bool = False,
+        codebook: CodebookLike | None = None,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype | None = None,
+        block_order: str = "row",
+        signed_absmax: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        shape = [_size("out_features", out_features), _size("in_features", in_features)]
+        packed = empty_packed(
+            shape,
+            format,
+            block_size,
+            double_quant,
+            codebook,
+            scale_dtype,
+            block_order,
+            signed_absmax,
+            dtype,
+            device,
+        )
+        addend = torch.zeros(out_features, dtype=packed.dtype, device=packed.device) if bias else None
+        self._fill(packed, addend, compute_dtype)
+
+    def _fill(self, packed: PackedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:
+        if compute_dtype is not None:
+            dtype_name(compute_dtype, "compute_dtype")
+        self.out_features, self.in_features = packed.shape
+        self.compute_dtype = compute_dtype
+        self._hold(packed)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        format: str = "nf4",
+        block_size: BlockSize = 64,
+        double_quant: bool = False,
+        codebook: CodebookLike | None = None,
+        nonfinite: str = "error",
+        *,
+        compute_dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype | None = None,
+        block_order: str = "row",
+        signed_absmax: bool = False,
+    ) -> QuantLinear:
+        """A layer with the weight of ``linear``, packed, and a copy of its bias. Options as in lowbit_rs.quantize.
+
+        Raises InvalidArgument for what is no nn.Linear, for a weight without values (meta device), and as quantize.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantLinear):
+            raise invalid("linear", type(linear).__name__, "a torch.nn.Linear")
+        packed = quantize(
+            linear.weight,
+            format,
+            block_size,
+            double_quant,
+            codebook,
+            nonfinite,
+            scale_dtype=scale_dtype,
+            block_order=block_order,
+            signed_absmax=signed_absmax,
+        )
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer = cls.from_packed(packed, bias, compute_dtype=compute_dtype)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedWeight, bias: Tensor | None = None, *, compute_dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """A layer whose parameters share the tensors of ``packed`` [N, K] and ``bias`` [N]."""
+        if len(packed.shape) != 2:
+            raise unsupported(f"packed: shape {list(packed.shape)}", "a layer holds one matrix, so index a stack first")
+        if bias is not None and tuple(bias.shape) != (packed.shape[0],):
+            raise invalid("bias", f"shape {list(bias.shape)}", f"[{packed.shape[0]}]")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._fill(packed, None if bias is None else bias.detach(), compute_dtype)
+        return layer
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A torch.nn.Linear with the dequantized weight and a copy of the bias, in ``dtype`` or that of the layer."""
+        weight = self.dequantize(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype, copy=True))
+        return linear.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Sets the weight and the bias to zero: a packed layer is there to be loaded, not to be trained from noise."""
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ W.T + bias`` for input [..., in_features]."""
+        bias = self._parameters["bias"]
+        return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor."""
+        compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{compute}"
+
+
+def _size(argument: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise invalid(argument, repr(value), "a non-negative integer")
+    return value

@@ -1,0 +1,239 @@
+"""Packing the layers of a model in place, and unpacking them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit_rs._backends import backend_of
+from lowbit_rs.errors import InvalidArgument, invalid
+from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve_format
+from lowbit_rs.nn._base import PackedModule
+from lowbit_rs.nn.embedding import QuantEmbedding
+from lowbit_rs.nn.linear import QuantLinear
+from lowbit_rs.nn.report import Report, ReportRow, relative_error
+from lowbit_rs.packed import DTYPES, BlockSize, describe, dtype_name, make_spec
+
+#: Modules of torch that read the weights of linear layers inside them without calling those.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+#: What torch keeps of the hooks on a module: they go with its place in the model, not with its weight.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def quantize_model(
+    model: nn.Module,
+    format: str = "nf4",
+    block_size: BlockSize = 64,
+    double_quant: bool = False,
+    codebook: CodebookLike | None = None,
+    *,
+    skip: Iterable[str] = ("lm_head",),
+    embeddings: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    progress: bool = True,
+    nonfinite: str = "error",
+    scale_dtype: torch.dtype | None = None,
+    block_order: str = "row",
+    signed_absmax: bool = False,
+) -> Report:
+    """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
+
+    Each float weight is freed before the next one is packed. Options are those of :func:`lowbit_rs.quantize`;
+
+    - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
+      whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
+    - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
+    - ``compute_dtype``: see QuantLinear;
+    - ``progress``: shows a progress bar.
+
+    Layers whose weight is shared with another module, subclasses with a forward of their own, and layers whose weight
+    torch reads without calling them are left alone too; the report says which and why. Raises InvalidArgument, before
+    anything is replaced, for bad options and for weights without values (meta device), and Unsupported for weights on
+    a device without kernels. For a weight with NaN it raises InvalidArgument when that layer's turn comes; the layers
+    before it are then packed, the others as they were.
+    """
+    options = {
+        "format": resolve_format(format, codebook),
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "codebook": None if codebook is None else as_codebook(codebook),
+        "nonfinite": nonfinite,
+        "scale_dtype": scale_dtype,
+        "block_order": block_order,
+        "signed_absmax": signed_absmax,
+    }
+    report = Report(scheme=_check_options(options, compute_dtype))
+    if isinstance(model, nn.Linear | nn.Embedding):
+        raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    names = _choose(model, skip, embeddings, report)
+    for name in names:
+        _check_values(name, model.get_submodule(name))
+    for name in _progress(names, progress):
+        _replace_one(model, name, options, compute_dtype, report)
+    if not report.rows:
+        warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
+    return report
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replaces every QuantLinear and QuantEmbedding of ``model`` by the torch module with the dequantized weight.
+
+    In place and one by one, in ``dtype`` or in that of each layer.
+    """
+    if isinstance(model, PackedModule):
+        raise invalid("model", type(model).__name__, "a module that contains layers; unpack one by to_linear")
+    for name in [name for name, module in model.named_modules() if isinstance(module, PackedModule)]:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, QuantLinear | QuantEmbedding)
+        module = packed.to_linear(dtype) if isinstance(packed, QuantLinear) else packed.to_embedding(dtype)
+        replace_module(model, packed, module)
+
+
+def _check_options(options: dict[str, Any], compute_dtype: torch.dtype | None) -> str:
+    """Raises for options that no layer could take; gives them in words."""
+    if compute_dtype is not None:
+        dtype_name(compute_dtype, "compute_dtype")
+    if options["nonfinite"] not in ("error", "propagate"):
+        raise invalid("nonfinite", repr(options["nonfinite"]), '"error" or "propagate"')
+    scheme = make_scheme(*(options[key] for key in ("format", "block_size", "block_order", "double_quant")))
+    if scheme[0] == "custom":
+        as_codebook(options["codebook"])
+    scale_dtype = options["scale_dtype"]
+    scale_name = "float32" if scale_dtype is None else dtype_name(scale_dtype, "scale_dtype")
+    return describe(make_spec(scheme, scale_name, options["signed_absmax"]))
+
+
+def _choose(model: nn.Module, skip: Sequence[str], embeddings: bool, report: Report) -> list[str]:
+    """Names of the layers to pack; the reasons for leaving the others go into the report."""
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    owners = _owners(model)
+    readers = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, _READERS)}
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, kinds):
+            continue
+        reason = _reason(name, module, skip, owners, readers)
+        if reason is None:
+            names.append(name)
+        else:
+            report.skipped[name] = reason
+    return names
+
+
+def _reason(
+    name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]], readers: dict[str, str]
+) -> str | None:
+    """Why a layer is left alone, or None."""
+    matched = next((pattern for pattern in skip if matches(name, pattern)), None)
+    if isinstance(module, PackedModule):
+        return "already packed"
+    if matched is not None:
+        return f"matches skip={matched!r}"
+    kind = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a parameter (parametrization)"
+    for prefix, reader in readers.items():
+        if not prefix or name.startswith(f"{prefix}."):
+            return f"{reader} reads its weight without calling it"
+    others = [other for other in owners[id(weight)] if other != name]
+    if others:
+        return f"its weight is tied to {', '.join(others)}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm rewrites its rows"
+    if weight.dtype not in DTYPES.values():
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` means the layer ``name``: see ``skip`` of quantize_model."""
+    if any(character in pattern for character in "*?["):
+        return fnmatchcase(name, pattern)
+    return f"{name}.".startswith(f"{pattern}.") or f".{name}".endswith(f".{pattern}")
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by its identity."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _check_values(name: str, module: nn.Module) -> None:
+    weight = module.get_parameter("weight")
+    if weight.is_meta:
+        raise invalid("model", f"the meta tensor {name}.weight, which has no values", "a model with loaded weights")
+    backend_of(weight.device)
+
+
+def _replace_one(
+    model: nn.Module, name: str, options: dict[str, Any], compute_dtype: torch.dtype | None, report: Report
+) -> None:
+    module = model.get_submodule(name)
+    packed: QuantLinear | QuantEmbedding
+    with _naming(name):
+        if isinstance(module, nn.Linear):
+            packed = QuantLinear.from_linear(module, compute_dtype=compute_dtype, **options)
+        else:
+            assert isinstance(module, nn.Embedding)
+            packed = QuantEmbedding.from_embedding(module, **options)
+    weight = module.weight
+    error = relative_error(weight, packed.packed)
+    report.rows.append(ReportRow(name, tuple(weight.shape), weight.nbytes, packed.packed.nbytes, error))
+    replace_module(model, module, packed)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Adds the layer's name to the message of an InvalidArgument."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}.weight: {error}") from error
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` wherever ``model`` has ``old``, with its hooks."""
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+    for parent in model.modules():
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                parent._modules[child] = new
+
+
+def _progress(names: list[str], shown: bool) -> Iterable[str]:
+    if not shown:
+        return names
+    from tqdm.auto import tqdm
+
+    bar: Iterable[str] = tqdm(names, desc="quantize", unit="layer")
+    return bar
+
+
+def _why_nothing(report: Report) -> str:
+    if not report.skipped:
+        return ": the model has no nn.Linear"
+    return "".join(f"\n  {name}: {reason}" for name, reason in report.skipped.items())

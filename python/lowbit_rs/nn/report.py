@@ -1,0 +1,96 @@
+"""What quantize_model did, as data and as a table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit_rs.functional import embedding
+from lowbit_rs.packed import PackedWeight, format_bytes
+
+#: Weights that are compared at a time: 4 MB of fp32 for each operand.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One layer that was packed. Sizes are those of its weight, in bytes, without the bias.
+
+    ``relative_error`` is ``||w - w'|| / ||w||`` in the Frobenius norm, w' being the dequantized weight in fp32; 0 for a
+    weight of zeros.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+
+
+@dataclass
+class Report:
+    """The layers that were packed, and those that were not, with the reason. ``str()`` makes a table of it."""
+
+    #: What the layers were packed as.
+    scheme: str = ""
+    rows: list[ReportRow] = field(default_factory=list)
+    #: Reason by name of the layer.
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the packed layers' weights before."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the packed layers' weights after."""
+        return sum(row.bytes_after for row in self.rows)
+
+    def __str__(self) -> str:
+        cells: list[tuple[str, ...]] = [("layer", "shape", "before", "after", "relative error")]
+        cells += [
+            (
+                row.name,
+                " x ".join(map(str, row.shape)),
+                format_bytes(row.bytes_before),
+                format_bytes(row.bytes_after),
+                f"{row.relative_error:.4f}",
+            )
+            for row in self.rows
+        ]
+        count = f"{len(self.rows)} layer{'' if len(self.rows) == 1 else 's'}"
+        cells.append((count, "", format_bytes(self.bytes_before), format_bytes(self.bytes_after), ""))
+        header, *rows, total = _align(cells)
+        rule = "-" * len(header)
+        skipped = [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *skipped])
+
+
+def _align(cells: list[tuple[str, ...]]) -> list[str]:
+    """Rows of text with the first two columns to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if column < 2 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def relative_error(weight: Tensor, packed: PackedWeight) -> float:
+    """``||w - w'|| / ||w||`` for a weight [N, K] and its packed form, without a copy of the whole of either."""
+    rows, cols = packed.shape
+    step = max(1, _CHUNK // max(1, cols))
+    error = norm = 0.0
+    for start in range(0, rows, step):
+        part = weight.detach()[start : start + step].float()
+        indices = torch.arange(start, start + part.shape[0], device=packed.device)
+        difference = embedding(indices, packed, torch.float32).sub_(part)
+        error += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        norm += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+    return math.sqrt(error / norm) if norm else 0.0

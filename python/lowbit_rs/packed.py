@@ -1,0 +1,262 @@
+"""PackedWeight: a quantized matrix as plain tensors, and the shapes in which those are stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit_rs._native import Spec
+from lowbit_rs.errors import invalid
+
+BlockSize = int | Literal["row"]
+
+#: Tensors of a packed weight, in the order in which every function of this package takes them.
+FIELDS = ("data", "scale", "scale_2", "scale_offset", "shift", "codebook")
+
+#: Floating-point dtypes of weights, activations and stored scales, by the names that the native module uses.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Scales that share an entry of ``scale_2`` under double quantization.
+_SCALES_PER_SCALE_2 = 256
+
+
+def dtype_name(dtype: torch.dtype, argument: str = "dtype") -> str:
+    """The native name of a floating-point dtype; raises InvalidArgument naming ``argument`` for any other dtype."""
+    name = _NAMES.get(dtype)
+    if name is None:
+        raise invalid(argument, dtype, "torch.float32, torch.float16 or torch.bfloat16")
+    return name
+
+
+#: The parts of a Spec that the tensors of a weight do not show: format, block size (0 for whole rows), block order,
+#: double quantization. Plain values, so that they can be arguments of an operator.
+Scheme = tuple[str, int, str, bool]
+
+
+@lru_cache(maxsize=1024)
+def make_spec(scheme: Scheme, scale_dtype: str = "float32", signed_absmax: bool = False) -> Spec:
+    """The Spec of these parts, made once: it is immutable, and every call of a layer asks for it."""
+    format, block_size, block_order, double_quant = scheme
+    return Spec(
+        format,
+        block_size or "row",
+        block_order=block_order,
+        scale_dtype=scale_dtype,
+        double_quant=double_quant,
+        signed_absmax=signed_absmax,
+    )
+
+
+def scheme_of(spec: Spec) -> Scheme:
+    """The parts of ``spec`` that the tensors of a weight do not show."""
+    block_size = 0 if spec.block_size == "row" else int(spec.block_size)
+    return spec.format, block_size, spec.block_order, spec.double_quant
+
+
+@lru_cache(maxsize=1024)
+def field_dtypes(spec: Spec) -> dict[str, torch.dtype]:
+    """The tensors that a weight has under ``spec``, in the order of FIELDS, with their dtypes."""
+    scale_dtype = DTYPES[spec.scale_dtype]
+    dtypes = {
+        "data": torch.int8 if spec.bits == 8 else torch.uint8,
+        "scale": torch.uint8 if spec.double_quant else scale_dtype,
+    }
+    if spec.double_quant:
+        dtypes |= {"scale_2": torch.float32, "scale_offset": torch.float32}
+    if spec.has_shift:
+        dtypes["shift"] = scale_dtype
+    if spec.format == "custom":
+        dtypes["codebook"] = torch.float32
+    return dtypes
+
+
+def storage(
+    spec: Spec, shape: Sequence[int], codebook_length: int | None = None
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every tensor that a weight of ``shape`` ([N, K] or [experts, N, K]) has under ``spec``.
+
+    Row-aligned codes and scales keep the leading dimensions of the weight; where blocks straddle rows they are 1-D.
+    ``codebook_length`` is the number of values of a custom codebook.
+    """
+    *leading, cols = shape
+    layout = spec.layout(math.prod(leading), cols)
+    if layout.straddles_rows:
+        data, scale = torch.Size([layout.code_bytes]), torch.Size([layout.block_count])
+    else:
+        data = torch.Size([*leading, layout.row_bytes])
+        scale = torch.Size([*leading, layout.blocks_per_row])
+    sizes = {
+        "data": data,
+        "scale": scale,
+        "scale_2": torch.Size([-(-layout.block_count // _SCALES_PER_SCALE_2)]),
+        "scale_offset": torch.Size([1]),
+        "shift": scale,
+        "codebook": torch.Size([codebook_length or 0]),
+    }
+    return {name: (sizes[name], dtype) for name, dtype in field_dtypes(spec).items()}
+
+
+def state_key(name: str, field_name: str) -> str:
+    """The key of a field in a state_dict or file: ``data`` is ``name`` itself, ``scale`` is ``name_scale``, ..."""
+    return name if field_name == "data" else f"{name}_{field_name}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedWeight:
+    """A matrix [N, K], or a stack of them [experts, N, K], stored in 4 or 8 bits.
+
+    ``w[n, k] = scale[n, b] * codebook[code[n, k]] + shift[n, b]`` with ``b = k // block_size``. Tensors:
+
+    - ``data``: the codes. uint8 [N, ceil(K / 2)] in 4 bits, the high nibble first, or int8 [N, K];
+    - ``scale``: one a block, [N, ceil(K / block_size)] in ``spec.scale_dtype``, or uint8 codes of the dynamic map
+      under double quantization, then with ``scale_2`` (float32, one for 256 scales) and ``scale_offset`` (float32 [1]);
+    - ``shift``: like ``scale``, of uint4 alone; ``codebook``: float32 [2..16], of custom formats alone.
+
+    With ``block_order="flat"`` and K no multiple of the block size, ``data``, ``scale`` and ``shift`` are 1-D.
+    ``shape`` is that of the matrix and ``dtype`` that of its source, which :meth:`dequantize` gives back. The tensors
+    are shared with the caller, not copied; shapes and dtypes are checked (InvalidArgument).
+    """
+
+    spec: Spec
+    shape: torch.Size
+    dtype: torch.dtype
+    data: Tensor
+    scale: Tensor
+    scale_2: Tensor | None = None
+    scale_offset: Tensor | None = None
+    shift: Tensor | None = None
+    codebook: Tensor | None = None
+    #: What the operators take beside the tensors; plain values, which tracing can read where it cannot read a Spec.
+    scheme: Scheme = field(init=False)
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (2, 3):
+            raise invalid("shape", list(self.shape), "[N, K] or [experts, N, K]")
+        dtype_name(self.dtype)
+        object.__setattr__(self, "shape", torch.Size(self.shape))
+        object.__setattr__(self, "scheme", scheme_of(self.spec))
+        _check(self.spec, self.shape, self.tensors())
+
+    @classmethod
+    def from_tensors(
+        cls, spec: Spec, shape: Sequence[int], dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    ) -> PackedWeight:
+        """A packed weight of tensors keyed as :meth:`tensors` gives them. Raises InvalidArgument where they misfit."""
+        for key in ("data", "scale"):
+            if key not in tensors:
+                raise invalid("tensors", sorted(tensors), f"the key {key!r} among them")
+        unknown = sorted(set(tensors) - set(FIELDS))
+        if unknown:
+            raise invalid("tensors", unknown, f"keys among {', '.join(FIELDS)}")
+        return cls(spec, torch.Size(shape), dtype, **tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        parts = {name: getattr(self, name) for name in FIELDS}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix [N, K] (or [experts, N, K]) in ``dtype``, by default that of the source.
+
+        Each value is the fp32 sum ``scale * codebook[code] + shift``, rounded once to ``dtype``.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        dtype_name(dtype)
+        # Through torch's registry: the op is defined in a layer above this one, and traceable.
+        dequantized: Tensor = torch.ops.lowbit_rs.dequantize.default(
+            list(self.tensors().values()), list(self.shape), *self.scheme, dtype
+        )
+        return dequantized
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``nbytes`` in bits over the number of weights; 0 for an empty matrix."""
+        count = self.shape.numel()
+        return 8 * self.nbytes / count if count else 0.0
+
+    def to(self, device: torch.device | str | int) -> PackedWeight:
+        """This weight with its tensors on ``device``; itself where they are there already."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        if all(moved[name] is tensor for name, tensor in self.tensors().items()):
+            return self
+        return PackedWeight.from_tensors(self.spec, self.shape, self.dtype, moved)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same bits under the same spec. Tensors on two devices raise, as in torch.equal."""
+        if not isinstance(other, PackedWeight):
+            return NotImplemented
+        if (self.spec, self.shape, self.dtype) != (other.spec, other.shape, other.dtype):
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        # As bytes: NaN equals itself and -0 differs from 0.
+        return mine.keys() == theirs.keys() and all(
+            mine[name].shape == theirs[name].shape and torch.equal(_bytes(mine[name]), _bytes(theirs[name]))
+            for name in mine
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality is by content, and tensors can change
+
+    def __repr__(self) -> str:
+        size = f"{self.bits_per_weight:.2f} bits/weight, {format_bytes(self.nbytes)}"
+        return f"PackedWeight({describe(self.spec)}, shape={list(self.shape)}, {size}, {self.device})"
+
+
+def describe(spec: Spec) -> str:
+    """A spec in the words of its options, leaving out what is at its default but for the scale's storage."""
+    words = [spec.format, f"block_size={spec.block_size}"]
+    words.append("double_quant" if spec.double_quant else f"scale={spec.scale_dtype}")
+    if spec.double_quant and spec.has_shift:
+        words.append(f"shift={spec.scale_dtype}")
+    if spec.block_order != "row":
+        words.append(f"block_order={spec.block_order}")
+    if spec.signed_absmax:
+        words.append("signed_absmax")
+    return ", ".join(words)
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people, in decimal units: ``9.4 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _check(spec: Spec, shape: torch.Size, tensors: dict[str, Tensor]) -> None:
+    codebook = tensors.get("codebook")
+    expected = storage(spec, shape, None if codebook is None else codebook.numel())
+    for name in FIELDS:
+        if (name in tensors) != (name in expected):
+            got, wanted = ("a tensor", "None") if name in tensors else ("None", "a tensor")
+            raise invalid(name, got, f"{wanted} for {describe(spec)}")
+    if codebook is not None and not 2 <= codebook.numel() <= 16:
+        raise invalid("codebook", f"{codebook.numel()} values", "2 to 16 values")
+    device = tensors["data"].device
+    for name, (size, dtype) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tensor.shape != size:
+            got, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(size)}"
+            raise invalid(name, got, f"{wanted} for {describe(spec)} and shape {list(shape)}")
+        if tensor.device != device:
+            raise invalid(name, f"a tensor on {tensor.device}", f"one on {device}, where data lies")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(torch.uint8)
