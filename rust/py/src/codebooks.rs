@@ -47,7 +47,7 @@ fn dynamic_map() -> Vec<f32> {
 #[pyfunction]
 fn quantile(py: Python<'_>, samples: Buffer, bits: u32) -> PyResult<Vec<f32>> {
     // SAFETY: the caller lends its array for this call.
-    run(py, || codebook::quantile(unsafe { slice(samples) }, bits))
+    run(py, || codebook::quantile(unsafe { slice(samples) }?, bits))
 }
 
 #[pyfunction]
@@ -60,7 +60,7 @@ fn block_optimal(py: Python<'_>, block_size: usize, bits: u32, metric: &str, sig
 fn fit(py: Python<'_>, samples: Buffer, bits: u32, weights: Option<Buffer>) -> PyResult<Vec<f32>> {
     run(py, || {
         // SAFETY: the caller lends its arrays for this call.
-        let (samples, weights) = unsafe { (slice(samples), weights.map(|weights| slice(weights))) };
+        let (samples, weights) = unsafe { (slice(samples)?, weights.map(|weights| slice(weights)).transpose()?) };
         codebook::fit(samples, bits, weights)
     })
 }
@@ -76,5 +76,5 @@ fn fit_blocks(
     signed: bool,
 ) -> PyResult<Vec<f32>> {
     // SAFETY: the caller lends its array for this call.
-    run(py, || codebook::fit_blocks(unsafe { slice(samples) }, row_length, block_size, bits, signed))
+    run(py, || codebook::fit_blocks(unsafe { slice(samples) }?, row_length, block_size, bits, signed))
 }

@@ -66,7 +66,7 @@ fn dequantize(py: Python<'_>, weight: &WeightView, out: FloatBuffer, threads: us
     run(py, || {
         let dtype = Dtype::parse("out", &out.2)?;
         // SAFETY: the caller lends its tensors for this call.
-        unsafe { cpu::dequantize(&weight.packed()?, floats_mut((out.0, out.1), dtype), threads) }
+        unsafe { cpu::dequantize(&weight.packed()?, floats_mut((out.0, out.1), dtype)?, threads) }
     })
 }
 
@@ -82,7 +82,7 @@ fn dequantize_rows(
     run(py, || {
         let dtype = Dtype::parse("out", &out.2)?;
         // SAFETY: the caller lends its tensors for this call.
-        unsafe { cpu::dequantize_rows(&weight.packed()?, slice(rows), floats_mut((out.0, out.1), dtype), threads) }
+        unsafe { cpu::dequantize_rows(&weight.packed()?, slice(rows)?, floats_mut((out.0, out.1), dtype)?, threads) }
     })
 }
 
@@ -105,11 +105,11 @@ fn linear(
         // SAFETY: the caller lends its tensors for this call.
         unsafe {
             let bias = match bias {
-                Some(bias) => Some(floats((bias.0, bias.1), Dtype::parse("bias", &bias.2)?)),
+                Some(bias) => Some(floats((bias.0, bias.1), Dtype::parse("bias", &bias.2)?)?),
                 None => None,
             };
             let x = activations("x", &x, tokens, x_row_stride)?;
-            cpu::linear(&weight.packed()?, x, bias, floats_mut((out.0, out.1), out_dtype), threads)
+            cpu::linear(&weight.packed()?, x, bias, floats_mut((out.0, out.1), out_dtype)?, threads)
         }
     })
 }
@@ -130,7 +130,7 @@ fn linear_grad_input(
         // SAFETY: the caller lends its tensors for this call.
         unsafe {
             let grad = activations("grad", &grad, tokens, grad_row_stride)?;
-            cpu::linear_grad_input(&weight.packed()?, grad, floats_mut((out.0, out.1), out_dtype), threads)
+            cpu::linear_grad_input(&weight.packed()?, grad, floats_mut((out.0, out.1), out_dtype)?, threads)
         }
     })
 }
@@ -145,7 +145,7 @@ unsafe fn activations<'a>(
 ) -> Result<Activations<'a>> {
     let dtype = Dtype::parse(argument, &buffer.2)?;
     // SAFETY: handed on to the caller.
-    Ok(Activations { values: unsafe { floats((buffer.0, buffer.1), dtype) }, tokens, stride })
+    Ok(Activations { values: unsafe { floats((buffer.0, buffer.1), dtype)? }, tokens, stride })
 }
 
 /// The instruction set that CPU kernels run on.

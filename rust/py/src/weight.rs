@@ -72,9 +72,9 @@ impl WeightView {
         }
     }
 
-    fn codebook(&self) -> Option<&[f32]> {
+    fn codebook(&self) -> Result<Option<&[f32]>> {
         // SAFETY: the caller lends the tensor for the view's life.
-        self.codebook.map(|buffer| unsafe { slice(buffer) })
+        self.codebook.map(|buffer| unsafe { slice(buffer) }).transpose()
     }
 
     /// The weight, to be read.
@@ -87,12 +87,12 @@ impl WeightView {
         unsafe {
             let scales = match self.double_quant()? {
                 Some((scale_2, offset)) => {
-                    Scales::Double { codes: slice(self.scale), scale_2: slice(scale_2), offset: slice(offset)[0] }
+                    Scales::Double { codes: slice(self.scale)?, scale_2: slice(scale_2)?, offset: slice(offset)?[0] }
                 }
-                None => Scales::Plain(floats(self.scale, dtype)),
+                None => Scales::Plain(floats(self.scale, dtype)?),
             };
-            let shifts = self.shift.map(|buffer| floats(buffer, dtype));
-            PackedWeight::new(self.spec, self.shape, slice(self.codes), scales, shifts, self.codebook())
+            let shifts = self.shift.map(|buffer| floats(buffer, dtype)).transpose()?;
+            PackedWeight::new(self.spec, self.shape, slice(self.codes)?, scales, shifts, self.codebook()?)
         }
     }
 
@@ -106,14 +106,14 @@ impl WeightView {
         unsafe {
             let scales = match self.double_quant()? {
                 Some((scale_2, offset)) => ScalesMut::Double {
-                    codes: slice_mut(self.scale),
-                    scale_2: slice_mut(scale_2),
-                    offset: &mut slice_mut(offset)[0],
+                    codes: slice_mut(self.scale)?,
+                    scale_2: slice_mut(scale_2)?,
+                    offset: &mut slice_mut(offset)?[0],
                 },
-                None => ScalesMut::Plain(floats_mut(self.scale, dtype)),
+                None => ScalesMut::Plain(floats_mut(self.scale, dtype)?),
             };
-            let shifts = self.shift.map(|buffer| floats_mut(buffer, dtype));
-            PackedWeightMut::new(self.spec, self.shape, slice_mut(self.codes), scales, shifts, self.codebook())
+            let shifts = self.shift.map(|buffer| floats_mut(buffer, dtype)).transpose()?;
+            PackedWeightMut::new(self.spec, self.shape, slice_mut(self.codes)?, scales, shifts, self.codebook()?)
         }
     }
 
