@@ -71,7 +71,7 @@ lint-python: $(VENV)/.extension
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 	$(bin)/mypy
-	MYPYPATH=python $(python) -m mypy.stubtest lowbit_rs._native
+	MYPYPATH=python $(python) -m mypy.stubtest lowbit_rs._native --allowlist <(echo lowbit_rs._native.__all__) # PyO3's own
 
 .PHONY: format
 format: $(VENV)/.requirements ## rewrite the sources as lint wants them
@@ -96,7 +96,7 @@ pins: $(VENV)/.requirements ## constraints.txt anew, after a change of the depen
 clean: ## remove what builds and tests made; .venv stays
 	rm -rf target dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f python/lowbit_rs/_native*.so python/lowbit_rs/_native*.pyd $(VENV)/.extension
-	find python tests benches -name __pycache__ -type d -prune -exec rm -rf {} +
+	find python tests benches -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: clean ## remove .venv, too

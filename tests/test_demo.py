@@ -347,4 +347,6 @@ def test_the_demo_runs_on_the_real_model(
     assert all(len(answer.split()) > 3 for answer in content["answers"].values())
     assert sorted(path.name for path in output.iterdir()) == ["demo.json", "quality-dark.png", "quality-light.png"]
     printed = capsys.readouterr().out
-    assert all(words in printed for words in ("BOF4-S", "machine:", "threads", "torch", compare._QUESTION, fp32.label))
+    assert all(
+        words in printed for words in ("BOF4-S", "machine:", "threads used:", "torch", compare._QUESTION, fp32.label)
+    )

@@ -23,7 +23,7 @@ class Spec:
     def __new__(
         cls,
         format: str,
-        block_size: int | str = 64,
+        block_size: int | str = ...,
         *,
         block_order: str = "row",
         scale_dtype: str = "float32",

@@ -34,7 +34,8 @@ _PREFILL = 512
 #: Tokens before the decoding that is timed.
 _CONTEXT = 64
 
-_QUESTION = "Why is the sky blue?"
+#: One that a model of this size can answer, in bf16.
+_QUESTION = "Give me three tips for sleeping better."
 _ANSWERING = ("bf16", "nf4")
 
 
@@ -48,7 +49,7 @@ class Budget:
     answer_tokens: int
 
 
-FULL = Budget(windows=6, decode_tokens=32, prefill_repeats=3, answer_tokens=96)
+FULL = Budget(windows=6, decode_tokens=32, prefill_repeats=3, answer_tokens=112)
 QUICK = Budget(windows=2, decode_tokens=12, prefill_repeats=1, answer_tokens=48)
 
 
@@ -170,7 +171,7 @@ def _show(console: Console, meter: Meter, answers: Mapping[str, str]) -> None:
 
 def _machine_line(facts: Mapping[str, Any]) -> str:
     return (
-        f"machine: {facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']}; "
+        f"machine: {facts['processor']}, cores: {facts['cores']}, threads used: {facts['threads']}, {facts['isa']}, "
         f"torch {facts['torch']}"
     )
 

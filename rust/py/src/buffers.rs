@@ -34,7 +34,7 @@ pub(crate) unsafe fn slice<'a, T>((address, count): Buffer) -> Result<&'a [T]> {
 /// The elements at an address, to be written.
 ///
 /// # Safety
-/// As for [`slice`], and nobody else reads or writes them meanwhile.
+/// As for [`slice()`], and nobody else reads or writes them meanwhile.
 pub(crate) unsafe fn slice_mut<'a, T>((address, count): Buffer) -> Result<&'a mut [T]> {
     if count == 0 {
         return Ok(&mut []);
@@ -47,7 +47,7 @@ pub(crate) unsafe fn slice_mut<'a, T>((address, count): Buffer) -> Result<&'a mu
 /// The floats at an address.
 ///
 /// # Safety
-/// As for [`slice`].
+/// As for [`slice()`].
 pub(crate) unsafe fn floats<'a>(buffer: Buffer, dtype: Dtype) -> Result<Floats<'a>> {
     // SAFETY: handed on to the caller.
     Ok(unsafe {
@@ -62,7 +62,7 @@ pub(crate) unsafe fn floats<'a>(buffer: Buffer, dtype: Dtype) -> Result<Floats<'
 /// The floats at an address, to be written.
 ///
 /// # Safety
-/// As for [`slice_mut`].
+/// As for [`slice_mut()`].
 pub(crate) unsafe fn floats_mut<'a>(buffer: Buffer, dtype: Dtype) -> Result<FloatsMut<'a>> {
     // SAFETY: handed on to the caller.
     Ok(unsafe {

@@ -21,7 +21,7 @@ pub(super) const MAX_TOKENS: usize = 4;
 const BYTES_PER_THREAD: usize = 512 << 10;
 
 /// How far ahead of its use a row's cache line is asked for, in bytes.
-const PREFETCH: usize = 2048;
+const PREFETCH: usize = 4096;
 
 /// Activations in the order of decoding, and their sums over blocks.
 struct Activations {
