@@ -1,5 +1,5 @@
-//! CPU kernels. Each is one generic function over [`simd::Simd`], compiled for every instruction set and chosen by
-//! [`isa::dispatch`].
+//! CPU kernels. Each is one generic function over the trait `Simd`, compiled for every instruction set and chosen by
+//! `isa::dispatch`.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
