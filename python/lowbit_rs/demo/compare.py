@@ -49,7 +49,7 @@ class Budget:
     answer_tokens: int
 
 
-FULL = Budget(windows=6, decode_tokens=32, prefill_repeats=3, answer_tokens=112)
+FULL = Budget(windows=4, decode_tokens=32, prefill_repeats=2, answer_tokens=112)
 QUICK = Budget(windows=2, decode_tokens=12, prefill_repeats=1, answer_tokens=48)
 
 
