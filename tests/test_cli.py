@@ -321,6 +321,7 @@ def test_system_that_refuses_to_write(source: Path, tmp_path: Path) -> None:
 
 #: The command, but stopping for long in the middle of the second tensor.
 SLOW = """
+import signal
 import time
 from lowbit_rs.files.safetensors_stream import SafetensorsWriter
 write, calls = SafetensorsWriter._write_at, []
@@ -333,6 +334,8 @@ def slow(self, position, data):
         time.sleep(100)
 
 SafetensorsWriter._write_at = slow
+# A shell that starts the tests in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lowbit_rs.cli import main
 main()
 """
