@@ -267,7 +267,9 @@ def test_every_point_has_a_label_that_covers_no_other(names: list[str] | None) -
     figure = draw(shown, "quality against size", THEMES["light"])
     figure.draw_without_rendering()
     texts = [text for axis in figure.axes for text in axis.texts]
-    assert sorted(text.get_text().partition(":")[0] for text in texts) == sorted(row.label for row in shown)
+    labels = [row.label if row.note is None else f"{row.label} *" for row in shown]
+    assert sorted(text.get_text().partition(":")[0] for text in texts) == sorted(labels)
+    assert any("* a note" in text.get_text() for text in figure.texts) == any(row.note for row in shown)
     boxes = [text.get_window_extent() for text in texts]
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
     assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from lowbit_rs.demo.report import notes
 from lowbit_rs.files.output import atomic_file
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
     from lowbit_rs.demo.report import Row
+
+#: What points to the footnotes, and their width in characters.
+_MARK, _FOOTNOTE_COLUMNS = "*", 150
 
 #: Offset from a point in typographic points, then the alignment of the text there, horizontal and vertical.
 Place = tuple[tuple[int, int], str, str]
@@ -76,16 +81,19 @@ def draw(rows: Sequence[Row], title: str, theme: Theme) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.02)
+    footnotes = _footnotes(rows)
+    below = 0.04 * len(footnotes)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.02, rect=(0, below, 1, 1 - below))
     figure = Figure(figsize=(9, 5), facecolor=theme.background, layout=layout)
     FigureCanvasAgg(figure)
+    figure.text(0.015, 0.02, "\n".join(footnotes), color=theme.muted, fontsize=8, va="bottom")
     reference = max((row for row in rows if row.original), key=lambda row: row.bits_per_weight)
     small = [row for row in rows if row.bits_per_weight <= _SMALL_BITS]
     large = [row for row in rows if row.bits_per_weight > _SMALL_BITS and row is not reference]
     panels = [panel for panel in (small, large) if panel]
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=_widths(panels))[0]
     figure.suptitle(title, x=0.015, ha="left", color=theme.ink, fontsize=13, fontweight="bold")
-    figure.supxlabel("size of the whole model, MB", color=theme.muted, fontsize=10)
+    axes[0].set_xlabel("size of the whole model, MB", loc="left", color=theme.muted, fontsize=10)
     axes[0].set_ylabel("perplexity (lower is better)", color=theme.muted, fontsize=10)
     for panel, axis in zip(panels, axes, strict=True):
         _style(axis, theme)
@@ -98,6 +106,11 @@ def draw(rows: Sequence[Row], title: str, theme: Theme) -> Figure:
     for panel, axis in zip(panels, axes, strict=True):
         _labels(axis, panel, theme, [words.get_window_extent(), _line_box(axis, reference.perplexity)])
     return figure
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    """The notes of the rows as lines of a footnote."""
+    return [line for note in notes(rows) for line in wrap(f"{_MARK} {note}", _FOOTNOTE_COLUMNS)]
 
 
 def _widths(panels: Sequence[Sequence[Row]]) -> list[int]:
@@ -153,8 +166,9 @@ def _labels(axis: Axes, rows: Sequence[Row], theme: Theme, taken: list[Bbox]) ->
     radius = axis.figure.dpi / 12
     taken = [*taken, *(Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for x, y in points)]
     for row in sorted(rows, key=lambda row: row.perplexity):
+        label = row.label if row.note is None else f"{row.label} {_MARK}"
         text = axis.annotate(
-            row.label, (row.megabytes, row.perplexity), (0, 0), textcoords="offset points", color=theme.ink, fontsize=9
+            label, (row.megabytes, row.perplexity), (0, 0), textcoords="offset points", color=theme.ink, fontsize=9
         )
         covered = {place: _covered(axis, text, place, taken) for place in _LABEL_PLACES}
         taken.append(_move(text, min(_LABEL_PLACES, key=covered.__getitem__)))
