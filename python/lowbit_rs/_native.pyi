@@ -108,6 +108,7 @@ def linear(
     x: _Floats,
     tokens: int,
     x_row_stride: int,
+    activation: str,
     bias: _Floats | None,
     out: _Floats,
     threads: int,

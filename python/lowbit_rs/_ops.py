@@ -31,7 +31,7 @@ for _schema in (
     "-> Tensor[]",
     f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     f"embedding(Tensor input, {_WEIGHT}, ScalarType dtype) -> Tensor",
-    f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor",
+    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation=\"none\") -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -69,6 +69,15 @@ def _scale_position(scheme: Scheme) -> int | None:
     fields = list(field_dtypes(make_spec(scheme)))
     name = "shift" if scheme[3] else "scale"
     return fields.index(name) if name in fields else None
+
+
+ACTIVATIONS = ("none", "int8")
+
+
+def check_activation(activation: str) -> None:
+    """Raises InvalidArgument unless ``activation`` is a way to round activations."""
+    if activation not in ACTIVATIONS:
+        raise invalid("activation", repr(activation), " or ".join(f'"{name}"' for name in ACTIVATIONS))
 
 
 def check_linear(x: Tensor, bias: Tensor | None, weight: Sequence[Tensor], shape: Sequence[int]) -> None:
@@ -196,10 +205,11 @@ def _linear(
     block_size: int,
     block_order: str,
     double_quant: bool,
+    activation: str = "none",
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     backend, view = borrow(weight, shape, (format, block_size, block_order, double_quant))
-    return backend.linear(view, x, bias)
+    return backend.linear(view, x, bias, activation)
 
 
 @_fake("linear")
@@ -212,6 +222,7 @@ def _linear_fake(
     block_size: int,
     block_order: str,
     double_quant: bool,
+    activation: str = "none",
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     return x.new_empty((*x.shape[:-1], shape[0]))
@@ -246,7 +257,7 @@ def _linear_grad_input_fake(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, bias, weight, *ctx.rest = inputs
+    _x, bias, weight, *ctx.rest, _activation = inputs
     ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -261,7 +272,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs_bias:
         rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, grad_bias, [None] * len(weight), *[None] * len(ctx.rest)
+    return grad_x, grad_bias, [None] * len(weight), *[None] * len(ctx.rest), None
 
 
 def _save_linear_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

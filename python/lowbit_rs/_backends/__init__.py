@@ -32,8 +32,11 @@ class Backend(Protocol):
     def embedding(self, weight: WeightView, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight: [*indices.shape, K]."""
 
-    def linear(self, weight: WeightView, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., K] times the transposed weight, plus bias [N]: [..., N] in the dtype of x."""
+    def linear(self, weight: WeightView, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """x [..., K] times the transposed weight, plus bias [N]: [..., N] in the dtype of x.
+
+        ``activation`` is "none", or "int8" where x may be rounded to 8 bits.
+        """
 
     def linear_grad_input(self, weight: WeightView, grad: Tensor) -> Tensor:
         """grad [..., N] times the weight: [..., K] in the dtype of grad."""

@@ -63,13 +63,16 @@ def embedding(weight: WeightView, indices: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def linear(weight: WeightView, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x."""
+def linear(weight: WeightView, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x.
+
+    With ``activation="int8"``, x may be rounded to 8 bits before.
+    """
     x, tokens, row_stride = _rows(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
     bias = None if bias is None else _rows(bias)[0]
     addend = None if bias is None else _floats(bias)
-    _native.linear(weight, _floats(x), tokens, row_stride, addend, _floats(out), torch.get_num_threads())
+    _native.linear(weight, _floats(x), tokens, row_stride, activation, addend, _floats(out), torch.get_num_threads())
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit_rs._ops import check_activation
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
@@ -17,7 +18,8 @@ class QuantLinear(PackedModule, nn.Linear):
     """``y = x @ W.T + bias`` with W [out_features, in_features] stored in 4 or 8 bits and never wholly decoded.
 
     Takes x [..., in_features] in float32, float16 or bfloat16 and gives [..., out_features] in the same dtype; with
-    ``compute_dtype``, x is rounded to that dtype first. Sums are fp32 in any case. Gradients flow to x, and to the bias
+    ``compute_dtype``, x is rounded to that dtype first, with ``activation="int8"`` to 8 bits where that is faster (see
+    :func:`lowbit_rs.linear`). Sums are fp32 in any case. Gradients flow to x, and to the bias
     if it is made to require one; the weight is frozen.
 
     The constructor makes a layer of zero weights, to be loaded; a float ``weight`` in a state_dict is quantized on the
@@ -26,6 +28,7 @@ class QuantLinear(PackedModule, nn.Linear):
     """
 
     compute_dtype: torch.dtype | None
+    activation: str
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class QuantLinear(PackedModule, nn.Linear):
         double_quant: bool = False,
         codebook: CodebookLike | None = None,
         compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype | None = None,
@@ -59,13 +63,17 @@ class QuantLinear(PackedModule, nn.Linear):
             device,
         )
         addend = torch.zeros(out_features, dtype=packed.dtype, device=packed.device) if bias else None
-        self._fill(packed, addend, compute_dtype)
+        self._fill(packed, addend, compute_dtype, activation)
 
-    def _fill(self, packed: PackedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None) -> None:
+    def _fill(
+        self, packed: PackedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, activation: str
+    ) -> None:
         if compute_dtype is not None:
             dtype_name(compute_dtype, "compute_dtype")
+        check_activation(activation)
         self.out_features, self.in_features = packed.shape
         self.compute_dtype = compute_dtype
+        self.activation = activation
         self._hold(packed)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -80,6 +88,7 @@ class QuantLinear(PackedModule, nn.Linear):
         nonfinite: str = "error",
         *,
         compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
         scale_dtype: torch.dtype | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
@@ -102,12 +111,17 @@ class QuantLinear(PackedModule, nn.Linear):
             signed_absmax=signed_absmax,
         )
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls.from_packed(packed, bias, compute_dtype=compute_dtype)
+        layer = cls.from_packed(packed, bias, compute_dtype=compute_dtype, activation=activation)
         return layer.train(linear.training)
 
     @classmethod
     def from_packed(
-        cls, packed: PackedWeight, bias: Tensor | None = None, *, compute_dtype: torch.dtype | None = None
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
     ) -> QuantLinear:
         """A layer whose parameters share the tensors of ``packed`` [N, K] and ``bias`` [N]."""
         if len(packed.shape) != 2:
@@ -116,7 +130,7 @@ class QuantLinear(PackedModule, nn.Linear):
             raise invalid("bias", f"shape {list(bias.shape)}", f"[{packed.shape[0]}]")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._fill(packed, None if bias is None else bias.detach(), compute_dtype)
+        layer._fill(packed, None if bias is None else bias.detach(), compute_dtype, activation)
         return layer
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -137,12 +151,14 @@ class QuantLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
         bias = self._parameters["bias"]
-        return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, self.compute_dtype)
+        weight = self._tensors()
+        return packed_linear(input, weight, self._shape, self._scheme, bias, self.compute_dtype, self.activation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
-        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{compute}"
+        rounded = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{compute}{rounded}"
 
 
 def _size(argument: str, value: Any) -> int:

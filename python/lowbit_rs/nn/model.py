@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowbit_rs._backends import backend_of
+from lowbit_rs._ops import check_activation
 from lowbit_rs.errors import InvalidArgument, invalid
 from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve_format
 from lowbit_rs.nn._base import PackedModule
@@ -45,6 +46,7 @@ def quantize_model(
     skip: Iterable[str] = ("lm_head",),
     embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
+    activation: str = "none",
     progress: bool = True,
     nonfinite: str = "error",
     scale_dtype: torch.dtype | None = None,
@@ -58,7 +60,7 @@ def quantize_model(
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``: see QuantLinear;
+    - ``compute_dtype``, ``activation``: see QuantLinear;
     - ``progress``: shows a progress bar.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, and layers whose weight
@@ -78,6 +80,7 @@ def quantize_model(
         "signed_absmax": signed_absmax,
     }
     report = Report(scheme=_check_options(options, compute_dtype))
+    check_activation(activation)
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -85,7 +88,7 @@ def quantize_model(
     for name in names:
         _check_values(name, model.get_submodule(name))
     for name in _progress(names, progress):
-        _replace_one(model, name, options, compute_dtype, report)
+        _replace_one(model, name, options, {"compute_dtype": compute_dtype, "activation": activation}, report)
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -189,13 +192,13 @@ def _check_values(name: str, module: nn.Module) -> None:
 
 
 def _replace_one(
-    model: nn.Module, name: str, options: dict[str, Any], compute_dtype: torch.dtype | None, report: Report
+    model: nn.Module, name: str, options: dict[str, Any], of_linear: dict[str, Any], report: Report
 ) -> None:
     module = model.get_submodule(name)
     packed: QuantLinear | QuantEmbedding
     with _naming(name):
         if isinstance(module, nn.Linear):
-            packed = QuantLinear.from_linear(module, compute_dtype=compute_dtype, **options)
+            packed = QuantLinear.from_linear(module, **of_linear, **options)
         else:
             assert isinstance(module, nn.Embedding)
             packed = QuantEmbedding.from_embedding(module, **options)

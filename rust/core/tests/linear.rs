@@ -3,10 +3,14 @@
 mod common;
 
 use common::{Owned, Vector, dtypes, on_every_isa, shapes, specs, weights};
-use lowbit_core::cpu::{self, Activations};
+use lowbit_core::cpu::{self, ActivationFormat, Activations};
 use lowbit_core::dtype::Dtype;
 use lowbit_core::reference;
 use proptest::prelude::*;
+
+fn formats() -> impl Strategy<Value = ActivationFormat> {
+    prop_oneof![2 => Just(ActivationFormat::None), 1 => Just(ActivationFormat::Int8)]
+}
 
 /// Unit roundoff of a dtype.
 fn roundoff(dtype: Dtype) -> f64 {
@@ -27,10 +31,18 @@ fn underflow(dtype: Dtype) -> f64 {
 }
 
 /// Checks `got` against `exact` within the bound of a sum of `terms` products in fp32, in any order, each factor
-/// rounded at most a few times: (terms + 8) * u * sum |x| |w|, and one rounding of the result.
-fn check(got: &Vector, exact: &[f64], magnitude: &[f64], terms: usize, dtype: Dtype) -> Result<(), TestCaseError> {
+/// rounded at most a few times: (terms + 16) * u * sum |x| |w|, what rounding of the factors may add, and one rounding of
+/// the result.
+fn check(
+    got: &Vector,
+    exact: &[f64],
+    magnitude: &[f64],
+    factors: &[f64],
+    terms: usize,
+    dtype: Dtype,
+) -> Result<(), TestCaseError> {
     for (i, got) in got.to_f32().into_iter().enumerate() {
-        let sum = (terms + 8) as f64 * roundoff(Dtype::Float32) * magnitude[i] + 1e-38;
+        let sum = (terms + 16) as f64 * roundoff(Dtype::Float32) * magnitude[i] + factors[i] + 1e-38;
         let bound = sum + roundoff(dtype) * (exact[i].abs() + sum) + underflow(dtype);
         let is_overflow = dtype == Dtype::Float16 && exact[i].abs() > 65000.0;
         let error = (f64::from(got) - exact[i]).abs();
@@ -43,6 +55,48 @@ fn check(got: &Vector, exact: &[f64], magnitude: &[f64], terms: usize, dtype: Dt
     Ok(())
 }
 
+/// The largest of every `interval` numbers of a row, for each of them.
+fn largest_around(row: &[f32], interval: usize) -> Vec<f64> {
+    let largest = |x: &[f32]| f64::from(x.iter().fold(0.0_f32, |most, x| most.max(x.abs())));
+    row.chunks(interval).flat_map(|x| vec![largest(x); x.len()]).collect()
+}
+
+/// By how much rounding the factors of products may change the results `[tokens, rows]`, for activations `[tokens,
+/// cols]` of a dtype: by the largest of what the kernels do.
+///
+/// Beside bf16 and fp16 a table is rounded to 14 bits of its largest value and activations to 14 bits of the largest of 16,
+/// or weights to bf16 and twice that. With int8 a table and its activations are rounded to 7 bits, a table at worst to 6.
+fn rounding(packed: &Owned, x: &[f32], dtype: Dtype, format: ActivationFormat) -> Vec<f64> {
+    let (rows, cols) = (packed.rows, packed.cols);
+    let w = absolute(packed);
+    let shifts = packed.block_shifts();
+    let scales = packed.block_scales();
+    let view = packed.view();
+    let largest_code =
+        view.codebook().map_or(0.0, |table| table.values().iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs()))));
+    let (table_step, x_step, interval, w_step) = match (format, dtype) {
+        (ActivationFormat::None, Dtype::Float32) => return vec![0.0; x.len() / cols.max(1) * rows],
+        (ActivationFormat::None, Dtype::Bfloat16) => (0.5 / 8191.0, 0.5 / 8192.0, 16, 2.0_f64.powi(-8)),
+        (ActivationFormat::None, Dtype::Float16) => (0.5 / 8191.0, 0.5 / 8192.0, 16, 2.0_f64.powi(-13)),
+        (ActivationFormat::Int8, _) => (0.5 / 63.0, 0.5 / 126.0, cols.max(1), 2.0_f64.powi(-8)),
+    };
+    let mut out = Vec::new();
+    for x in x.chunks(cols.max(1)) {
+        let around = largest_around(x, interval);
+        out.extend((0..rows).map(|row| {
+            (0..cols)
+                .map(|col| {
+                    let block = view.layout().block_of(row, col);
+                    let (weight, shift) = (f64::from(w[row * cols + col]), f64::from(shifts[block].abs()));
+                    let table = f64::from(scales[block].abs()) * largest_code * table_step;
+                    (table + weight * w_step) * f64::from(x[col].abs()) + (weight + shift) * x_step * around[col]
+                })
+                .sum::<f64>()
+        }));
+    }
+    out
+}
+
 /// The same weight with every number made positive: its products with |x| bound the sums.
 fn absolute(packed: &Owned) -> Vec<f32> {
     packed.dequantize(Dtype::Float32).to_f32().iter().map(|w| w.abs()).collect()
@@ -53,9 +107,9 @@ proptest! {
 
     #[test]
     fn linear_is_the_oracles(
-        (rows, cols) in shapes(), (spec, table) in specs(), tokens in prop::sample::select(vec![0_usize, 1, 2, 3, 4, 5, 8, 9, 15, 17]),
+        (rows, cols) in shapes(), (spec, table) in specs(), tokens in prop::sample::select(vec![0_usize, 1, 2, 3, 4, 5, 8, 9, 15, 17, 33, 70]),
         x_dtype in dtypes(), out_dtype in dtypes(), bias_dtype in prop::option::of(dtypes()), gap in 0_usize..5,
-        threads in 1_usize..4, seed: u64,
+        format in formats(), threads in 1_usize..4, seed: u64,
     ) {
         let source = Vector::from_f32(Dtype::Float32, &weights(rows * cols, seed, 1.0));
         let packed = Owned::quantize(&source, rows, cols, spec, table).unwrap();
@@ -76,13 +130,14 @@ proptest! {
                 .map(|((x, w), s)| f64::from(x.abs()) * f64::from(w + s)).sum();
             dot + bias_values.as_ref().map_or(0.0, |bias| f64::from(bias[row].abs()))
         }).collect();
+        let factors = rounding(&packed, &dense, x_dtype, format);
         let mut repeated: Option<Vector> = None;
         on_every_isa(|_| {
             for _ in 0..2 {
                 let mut out = Vector::from_f32(out_dtype, &vec![f32::NAN; tokens * rows]);
                 let x = Activations { values: x.floats(), tokens, stride };
-                cpu::linear(&view, x, bias.as_ref().map(Vector::floats), out.floats_mut(), threads).unwrap();
-                check(&out, &exact, &magnitude, cols, out_dtype)?;
+                cpu::linear(&view, x, format, bias.as_ref().map(Vector::floats), out.floats_mut(), threads).unwrap();
+                check(&out, &exact, &magnitude, &factors, cols, out_dtype)?;
                 if let Some(before) = repeated.replace(out.clone()) {
                     prop_assert_eq!(before, out, "the same call gives the same bits");
                 }
@@ -94,7 +149,7 @@ proptest! {
 
     #[test]
     fn the_gradient_is_the_oracles(
-        (rows, cols) in shapes(), (spec, table) in specs(), tokens in prop::sample::select(vec![0_usize, 1, 3, 17]),
+        (rows, cols) in shapes(), (spec, table) in specs(), tokens in prop::sample::select(vec![0_usize, 1, 3, 17, 40]),
         dtype in dtypes(), threads in 1_usize..4, seed: u64,
     ) {
         let source = Vector::from_f32(Dtype::Float32, &weights(rows * cols, seed, 1.0));
@@ -108,11 +163,18 @@ proptest! {
             let (token, col) = (i / cols, i % cols);
             (0..rows).map(|row| f64::from(values[token * rows + row].abs()) * f64::from(w[row * cols + col])).sum()
         }).collect();
+        // At worst, weights are rounded to bf16, or to twice that beside fp16.
+        let step = match dtype {
+            Dtype::Float32 => 0.0,
+            Dtype::Float16 => 2.0_f64.powi(-13),
+            Dtype::Bfloat16 => 2.0_f64.powi(-8),
+        };
+        let factors: Vec<f64> = magnitude.iter().map(|magnitude| step * magnitude).collect();
         on_every_isa(|_| {
             let mut out = Vector::from_f32(dtype, &vec![f32::NAN; tokens * cols]);
             let grad = Activations { values: grad.floats(), tokens, stride: rows };
             cpu::linear_grad_input(&view, grad, out.floats_mut(), threads).unwrap();
-            check(&out, &exact, &magnitude, rows, dtype)
+            check(&out, &exact, &magnitude, &factors, rows, dtype)
         })?;
     }
 }
@@ -146,7 +208,15 @@ fn a_long_sum_runs_through_several_panels() {
         let mut out = vec![f32::NAN; tokens * rows];
         let values = lowbit_core::dtype::Floats::Float32(&x);
         let x = Activations { values, tokens, stride: cols };
-        cpu::linear(&packed.view(), x, None, lowbit_core::dtype::FloatsMut::Float32(&mut out), 2).unwrap();
+        cpu::linear(
+            &packed.view(),
+            x,
+            ActivationFormat::None,
+            None,
+            lowbit_core::dtype::FloatsMut::Float32(&mut out),
+            2,
+        )
+        .unwrap();
         let error = exact.iter().zip(&out).map(|(a, &b)| (a - f64::from(b)).powi(2)).sum::<f64>().sqrt();
         assert!(error <= 1e-6 * norm, "{} on {}", error / norm, isa.name());
         Ok::<(), ()>(())
@@ -171,7 +241,7 @@ fn wrong_lengths_are_named() {
         let mut out = vec![0.0; out];
         let bias = bias.map(lowbit_core::dtype::Floats::Float32);
         let out = lowbit_core::dtype::FloatsMut::Float32(&mut out);
-        cpu::linear(&packed.view(), x, bias, out, 1).unwrap_err().to_string()
+        cpu::linear(&packed.view(), x, ActivationFormat::None, bias, out, 1).unwrap_err().to_string()
     };
     assert_eq!(call(&x[..7], None, 6), "x: got 7 elements, expected 2 rows of 4");
     assert_eq!(call(&x, Some(&[0.0; 2]), 6), "bias: got 2 elements, expected 3 elements");

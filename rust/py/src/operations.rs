@@ -1,7 +1,7 @@
 //! Quantize, dequantize and multiply.
 
 use half::{bf16, f16};
-use lowbit_core::cpu::{self, Activations, Isa, NonFinite, Source};
+use lowbit_core::cpu::{self, ActivationFormat, Activations, Isa, NonFinite, Source};
 use lowbit_core::dtype::Dtype;
 use lowbit_core::{Error, Result};
 use pyo3::prelude::*;
@@ -86,9 +86,10 @@ fn dequantize_rows(
     })
 }
 
-/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias`, rows of x `x_row_stride` elements apart.
+/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias`, rows of x `x_row_stride` elements apart, x rounded as
+/// `activation` says.
 #[pyfunction]
-#[pyo3(signature = (weight, x, tokens, x_row_stride, bias, out, threads))]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, activation, bias, out, threads))]
 #[allow(clippy::too_many_arguments)] // three tensors with their strides
 fn linear(
     py: Python<'_>,
@@ -96,12 +97,13 @@ fn linear(
     x: FloatBuffer,
     tokens: usize,
     x_row_stride: usize,
+    activation: &str,
     bias: Option<FloatBuffer>,
     out: FloatBuffer,
     threads: usize,
 ) -> PyResult<()> {
     run(py, || {
-        let out_dtype = Dtype::parse("out", &out.2)?;
+        let (out_dtype, activation) = (Dtype::parse("out", &out.2)?, ActivationFormat::parse(activation)?);
         // SAFETY: the caller lends its tensors for this call.
         unsafe {
             let bias = match bias {
@@ -109,7 +111,7 @@ fn linear(
                 None => None,
             };
             let x = activations("x", &x, tokens, x_row_stride)?;
-            cpu::linear(&weight.packed()?, x, bias, floats_mut((out.0, out.1), out_dtype)?, threads)
+            cpu::linear(&weight.packed()?, x, activation, bias, floats_mut((out.0, out.1), out_dtype)?, threads)
         }
     })
 }

@@ -1,52 +1,87 @@
 //! The product for a few tokens: bound by reading the weight, so every row is decoded in registers, once.
 //!
-//! A 32-bit word of codes holds 4 or 8 consecutive weights. A vector of words is decoded element by element: element
-//! `e` of all words, then the next. A dot product does not care in which order its terms come as long as both factors
-//! agree, so the activations are put into that order once per call and the codes are never rearranged.
+//! A vector of packed codes is decoded operand by operand ([`Dot`]). A dot product does not care in which order its terms
+//! come as long as both factors agree, so the activations are put into that order once per call and the codes are never
+//! rearranged. Scales are applied to sums in fp32.
 
-use super::codes::{Codes, VECTOR_BYTES, padded, with_codes};
-use super::isa::{Isa, Kernel, dispatch};
+use std::ops::Range;
+
+use super::activations::{Activations, Lanes};
+use super::codes::{VECTOR_BYTES, padded};
+use super::dot::{Arithmetic, Dot, DotKernel, dispatch_dot};
+use super::isa::Isa;
+use super::linear::Finish;
 use super::parallel;
-use super::scales::{read_scales, read_shifts};
+use super::scales::{prefetch_scale, read_scales, read_shifts};
 use super::simd::Simd;
 use crate::codebook::LEN;
 use crate::format::Layout;
 use crate::storage::PackedWeight;
 
-/// Most tokens that this path takes.
-pub(super) const MAX_TOKENS: usize = 4;
-
-/// Codes for which another thread is worth waking: it takes tens of microseconds to come, in which one thread reads
+/// Codes for which another thread is worth waking: it takes some microseconds to come, in which one thread reads
 /// about so much.
-const BYTES_PER_THREAD: usize = 512 << 10;
+const BYTES_PER_THREAD: usize = 64 << 10;
 
-/// How far ahead of its use a row's cache line is asked for, in bytes.
-const PREFETCH: usize = 4096;
+/// How far ahead of its use a cache line of codes is asked for, in bytes: from memory, and from the L2 cache.
+const FAR: usize = 8192;
+const NEAR: usize = 1024;
 
-/// Activations in the order of decoding, and their sums over blocks.
-struct Activations {
-    /// `[tokens][groups][element][lane]`, zeros behind the last column.
-    values: Vec<f32>,
-    /// Length of a token in `values`.
-    stride: usize,
-    /// `[tokens][blocks]`, zeros up to a whole vector; empty for formats without shifts.
-    block_sums: Vec<f32>,
-    /// Length of a token in `block_sums`.
-    sum_stride: usize,
+/// Bytes of activations that are worked on at a time: two thirds of the smallest L1 cache.
+const ACTIVATION_BYTES: usize = 32 << 10;
+
+/// Rows whose scales are read, and whose results are handed over, at once.
+const ROWS: usize = 16;
+
+/// The product of a row-aligned weight and a few tokens.
+pub(super) struct Product<'a> {
+    weight: &'a PackedWeight<'a>,
+    arithmetic: Arithmetic,
+    isa: Isa,
+    lanes: Lanes,
+    tokens: usize,
+    room: usize,
 }
 
-/// `y[m, n] = sum_k x[m, k] * w[n, k]` for up to [`MAX_TOKENS`] tokens of a row-aligned weight: `x` is
-/// `[tokens, cols]` in fp32, `y` is `[rows, tokens]`.
-pub(super) fn linear(isa: Isa, weight: &PackedWeight<'_>, x: &[f32], tokens: usize, y: &mut [f32], threads: usize) {
-    debug_assert!(!weight.layout().straddles_rows && tokens <= MAX_TOKENS);
-    let threads = threads.min(1 + weight.layout().code_bytes() / BYTES_PER_THREAD);
-    let activations = dispatch(isa, Arrange { weight, x, tokens });
-    let rows = weight.layout().rows;
-    let step = rows_at_once(rows, weight.layout().row_bytes(), threads);
-    let parts = y.chunks_mut(step * tokens).enumerate().map(|(part, y)| (part * step, y)).collect();
-    parallel::for_each(threads, parts, |(first, y)| {
-        dispatch(isa, DecodeRows { weight, x: &activations, tokens, first, y });
-    });
+impl<'a> Product<'a> {
+    /// The product with up to as many tokens as [`most_tokens`] says. None where integers are asked for and an
+    /// activation is NaN or infinite.
+    pub(super) fn new(
+        isa: Isa,
+        arithmetic: Arithmetic,
+        weight: &'a PackedWeight<'a>,
+        x: &Activations<'_>,
+    ) -> Option<Self> {
+        debug_assert!(!weight.layout().straddles_rows);
+        let room = match x.tokens {
+            3..=4 => 4,
+            5.. => 8,
+            few => few,
+        };
+        let lanes = Lanes::new(isa, arithmetic, weight, x, room)?;
+        Some(Self { weight, arithmetic, isa, lanes, tokens: x.tokens, room })
+    }
+
+    /// Computes it and hands it over, all tokens at once.
+    pub(super) fn run(&self, threads: usize, finish: &Finish<'_>) {
+        let layout = self.weight.layout();
+        let threads = threads.min(1 + layout.code_bytes() * self.room / BYTES_PER_THREAD);
+        let step = rows_at_once(layout.rows, layout.row_bytes(), threads);
+        parallel::for_each(threads, parallel::ranges(layout.rows, step), |rows| {
+            dispatch_dot(self.isa, self.arithmetic, self.weight, DecodeRows { product: self, range: rows, finish });
+        });
+    }
+}
+
+/// Most tokens that are multiplied at once, 4 or 8 by the number of registers.
+pub(super) fn most_tokens(isa: Isa) -> usize {
+    struct Tokens;
+    impl super::isa::Kernel for Tokens {
+        type Output = usize;
+        fn run<S: Simd>(self, _simd: S) -> usize {
+            S::TILE_TOKENS
+        }
+    }
+    super::isa::dispatch(isa, Tokens)
 }
 
 /// Rows that a thread takes at a time: a few parts for every thread, so that none waits long for another, yet at
@@ -55,219 +90,212 @@ fn rows_at_once(rows: usize, row_bytes: usize, threads: usize) -> usize {
     if threads <= 1 {
         return rows;
     }
-    rows.div_ceil(8 * threads).max((16 << 10) / row_bytes.max(1)).max(1)
-}
-
-struct Arrange<'a> {
-    weight: &'a PackedWeight<'a>,
-    x: &'a [f32],
-    tokens: usize,
-}
-
-impl Kernel for Arrange<'_> {
-    type Output = Activations;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> Activations {
-        with_codes!(simd, self.weight, codes => self.arrange(simd, codes))
-    }
-}
-
-impl Arrange<'_> {
-    #[inline(always)]
-    fn arrange<S: Simd, C: Codes<S>>(&self, _simd: S, _codes: C) -> Activations {
-        let layout = self.weight.layout();
-        let group = S::LANES * C::PER_WORD;
-        let stride = layout.cols.next_multiple_of(group);
-        let mut values = vec![0.0; self.tokens * stride];
-        for (x, values) in self.x.chunks_exact(layout.cols).zip(values.chunks_exact_mut(stride)) {
-            for (x, values) in x.chunks(group).zip(values.chunks_exact_mut(group)) {
-                for (lane, x) in x.chunks(C::PER_WORD).enumerate() {
-                    for (element, &x) in x.iter().enumerate() {
-                        values[element * S::LANES + lane] = x;
-                    }
-                }
-            }
-        }
-        let sum_stride = layout.blocks_per_row().next_multiple_of(S::LANES);
-        let mut block_sums = Vec::new();
-        if self.weight.has_shift() {
-            block_sums.resize(self.tokens * sum_stride, 0.0);
-            for (x, sums) in self.x.chunks_exact(layout.cols).zip(block_sums.chunks_exact_mut(sum_stride)) {
-                for (x, sum) in x.chunks(layout.block_size).zip(sums) {
-                    *sum = x.iter().map(|&x| f64::from(x)).sum::<f64>() as f32;
-                }
-            }
-        }
-        Activations { values, stride, block_sums, sum_stride }
-    }
+    rows.div_ceil(8 * threads).max((16 << 10) / row_bytes.max(1)).next_multiple_of(ROWS)
 }
 
 struct DecodeRows<'a> {
-    weight: &'a PackedWeight<'a>,
-    x: &'a Activations,
-    tokens: usize,
-    first: usize,
-    /// `[rows, tokens]`.
-    y: &'a mut [f32],
+    product: &'a Product<'a>,
+    range: Range<usize>,
+    finish: &'a Finish<'a>,
 }
 
-impl Kernel for DecodeRows<'_> {
+impl DotKernel for DecodeRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        with_codes!(simd, self.weight, codes => match self.tokens {
-            1 => self.rows::<S, _, 1>(simd, codes),
-            2 => self.rows::<S, _, 2>(simd, codes),
-            3 => self.rows::<S, _, 3>(simd, codes),
-            _ => self.rows::<S, _, MAX_TOKENS>(simd, codes),
-        });
+    fn run<S: Simd, D: Dot<S>>(self, simd: S, dot: D) {
+        match self.product.room {
+            1 => self.rows::<S, D, 1>(simd, dot),
+            2 => self.rows::<S, D, 2>(simd, dot),
+            4 => self.rows::<S, D, 4>(simd, dot),
+            _ => self.rows::<S, D, 8>(simd, dot),
+        }
     }
 }
 
-/// Rows whose scales are read at once.
-const ROWS: usize = 16;
-
 impl DecodeRows<'_> {
     #[inline(always)]
-    fn rows<S: Simd, C: Codes<S>, const TOKENS: usize>(self, simd: S, codes: C) {
-        let layout = self.weight.layout();
+    fn rows<S: Simd, D: Dot<S>, const TOKENS: usize>(self, simd: S, dot: D) {
+        let Product { weight, lanes, tokens, .. } = self.product;
+        let layout = weight.layout();
         let (row_bytes, blocks) = (layout.row_bytes(), layout.blocks_per_row());
-        let row_dot = RowDot::new(simd, codes, self.x, layout);
+        let row_dot = RowDot::new(simd, dot, lanes, layout);
+        let groups_at_once = (ACTIVATION_BYTES / (TOKENS * D::UNITS * 4 * S::LANES)).max(1);
         // A whole vector of scales is read from any block on.
         let mut scales = vec![0.0; ROWS * blocks + S::LANES];
-        let mut shifts = vec![0.0; if self.weight.has_shift() { ROWS * blocks + S::LANES } else { 0 }];
-        for (y, first) in self.y.chunks_mut(ROWS * TOKENS).zip((self.first..).step_by(ROWS)) {
-            let count = y.len() / TOKENS;
-            read_scales(simd, self.weight, first * blocks, &mut scales[..count * blocks]);
-            if self.weight.has_shift() {
-                read_shifts(simd, self.weight, first * blocks, &mut shifts[..count * blocks]);
+        let mut shifts = vec![0.0; if weight.has_shift() { ROWS * blocks + S::LANES } else { 0 }];
+        let mut strip = vec![0.0; TOKENS * ROWS];
+        for first in self.range.clone().step_by(ROWS) {
+            let rows = first..(first + ROWS).min(self.range.end);
+            read_scales(simd, weight, first * blocks, &mut scales[..rows.len() * blocks]);
+            if weight.has_shift() {
+                read_shifts(simd, weight, first * blocks, &mut shifts[..rows.len() * blocks]);
             }
-            for (row, y) in y.chunks_exact_mut(TOKENS).enumerate() {
-                // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
-                let bytes = &self.weight.codes()[(first + row) * row_bytes..];
-                let mut sums = row_dot.run::<TOKENS>(bytes, &scales[row * blocks..]);
-                if self.weight.has_shift() {
-                    add_shifts(simd, &shifts[row * blocks..], blocks, self.x, &mut sums);
-                }
-                for (y, sum) in y.iter_mut().zip(sums) {
-                    *y = simd.sum(sum);
+            let mut sums = [[simd.splat(0.0); TOKENS]; ROWS];
+            for groups in parallel::ranges(row_dot.groups, groups_at_once) {
+                for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
+                    // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
+                    let bytes = &weight.codes()[(first + row) * row_bytes..];
+                    prefetch_scales(simd, weight, (first + ROWS + row) * blocks, &groups, D::GROUP);
+                    row_dot.add(bytes, &scales[row * blocks..], groups.clone(), sums);
                 }
             }
+            for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
+                for sum in sums.iter_mut() {
+                    *sum = simd.mul(*sum, row_dot.factor);
+                }
+                if weight.has_shift() {
+                    add_shifts(simd, &shifts[row * blocks..], blocks, lanes, sums);
+                }
+                for (token, sum) in sums.iter().enumerate() {
+                    strip[token * ROWS + row] = simd.sum(*sum);
+                }
+            }
+            (self.finish)(0..*tokens, rows, &strip, ROWS);
         }
     }
 }
 
 /// The dot products of a row with all tokens.
-struct RowDot<'a, S: Simd, C> {
+struct RowDot<'a, S: Simd, D> {
     simd: S,
-    codes: C,
-    x: &'a Activations,
+    dot: D,
+    x: &'a Lanes,
     /// Vectors of words in a row, the last one perhaps not full.
-    vectors: usize,
+    groups: usize,
     /// log2 of the block size, or more than any column's where a row is one block.
     block_shift: u32,
-    /// Which of the scales from the first one on each lane of words takes; in the last vector, lanes behind the end of
-    /// the row take the row's last scale.
-    scale_of_lane: S::Index,
-    scale_of_last_lane: S::Index,
+    /// Which of the scales from the first one on each lane of the parts takes; in the last vector, lanes behind the
+    /// end of the row take the row's last scale.
+    scale_of_lane: [S::Index; 2],
+    scale_of_last_lane: [S::Index; 2],
+    /// What decoded weights are to be multiplied with.
+    factor: S::Vector,
 }
 
-impl<'a, S: Simd, C: Codes<S>> RowDot<'a, S, C> {
+impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
     #[inline(always)]
-    fn new(simd: S, codes: C, x: &'a Activations, layout: &Layout) -> Self {
+    fn new(simd: S, dot: D, x: &'a Lanes, layout: &Layout) -> Self {
         let is_row = layout.block_size >= layout.cols;
         let block_shift = if is_row { usize::BITS - 1 } else { layout.block_size.trailing_zeros() };
-        let words_per_block = if is_row { usize::MAX } else { layout.block_size / C::PER_WORD };
-        let group = S::LANES * C::PER_WORD;
-        let vectors = layout.cols.div_ceil(group);
-        let last_first = (vectors.saturating_sub(1) * group) >> block_shift;
+        let groups = layout.cols.div_ceil(D::GROUP);
+        let last_first = (groups.saturating_sub(1) * D::GROUP) >> block_shift;
         let last = layout.blocks_per_row().saturating_sub(1) - last_first;
+        let scale = |part: usize, lane: usize| D::element(part * D::UNITS / D::PARTS, lane, 0) >> block_shift;
         Self {
             simd,
-            codes,
+            dot,
             x,
-            vectors,
+            groups,
             block_shift,
-            scale_of_lane: simd.index(|lane| lane / words_per_block),
-            scale_of_last_lane: simd.index(|lane| (lane / words_per_block).min(last)),
+            scale_of_lane: [0, 1].map(|part| simd.index(|lane| scale(part % D::PARTS, lane))),
+            scale_of_last_lane: [0, 1].map(|part| simd.index(|lane| scale(part % D::PARTS, lane).min(last))),
+            factor: simd.splat(dot.factor()),
         }
     }
 
-    /// A vector of partial sums for each token, from the codes and scales of the row on.
+    /// Adds the products of a row's `groups` to the partial sums of each token. `bytes` and `scales` go from the row on.
     #[inline(always)]
-    fn run<const TOKENS: usize>(&self, bytes: &[u8], scales: &[f32]) -> [S::Vector; TOKENS] {
+    fn add<const TOKENS: usize>(
+        &self,
+        bytes: &[u8],
+        scales: &[f32],
+        groups: Range<usize>,
+        sums: &mut [S::Vector; TOKENS],
+    ) {
         let vector_bytes = 4 * S::LANES;
-        let mut sums = [self.simd.splat(0.0); TOKENS];
-        for at in 0..self.vectors - 1 {
+        let mut totals = *sums;
+        for at in groups.start..groups.end.min(self.groups - 1) {
             let from = bytes.as_ptr().wrapping_add(at * vector_bytes);
-            self.simd.prefetch(from.wrapping_add(PREFETCH));
+            self.simd.prefetch(from.wrapping_add(FAR));
+            self.simd.prefetch_near(from.wrapping_add(NEAR));
             // SAFETY: every vector but the last lies within the row.
             let words = unsafe { self.simd.load(from.cast::<f32>()) };
-            self.add::<TOKENS>(words, at, scales, self.scale_of_lane, &mut sums);
+            self.add_group::<TOKENS>(words, at, scales, &self.scale_of_lane, &mut totals);
         }
-        let last = &bytes[(self.vectors - 1) * vector_bytes..];
-        let words = if last.len() >= vector_bytes {
-            // SAFETY: as just checked.
-            unsafe { self.simd.load(last.as_ptr().cast::<f32>()) }
-        } else {
-            let tail: [u8; VECTOR_BYTES] = padded(last);
-            // SAFETY: no vector is longer than the buffer.
-            unsafe { self.simd.load(tail.as_ptr().cast::<f32>()) }
-        };
-        self.add::<TOKENS>(words, self.vectors - 1, scales, self.scale_of_last_lane, &mut sums);
-        sums
+        if groups.end == self.groups {
+            let last = &bytes[(self.groups - 1) * vector_bytes..];
+            let words = if last.len() >= vector_bytes {
+                // SAFETY: as just checked.
+                unsafe { self.simd.load(last.as_ptr().cast::<f32>()) }
+            } else {
+                let tail: [u8; VECTOR_BYTES] = padded(last);
+                // SAFETY: no vector is longer than the buffer.
+                unsafe { self.simd.load(tail.as_ptr().cast::<f32>()) }
+            };
+            self.add_group::<TOKENS>(words, self.groups - 1, scales, &self.scale_of_last_lane, &mut totals);
+        }
+        *sums = totals;
     }
 
     /// Adds vector `at` of the row.
     #[inline(always)]
-    fn add<const TOKENS: usize>(
+    fn add_group<const TOKENS: usize>(
         &self,
         words: S::Vector,
         at: usize,
         scales: &[f32],
-        index: S::Index,
+        index: &[S::Index; 2],
         sums: &mut [S::Vector; TOKENS],
     ) {
-        let (simd, group) = (self.simd, S::LANES * C::PER_WORD);
-        let first = (at * group) >> self.block_shift;
+        let (simd, dot) = (self.simd, self.dot);
+        let first = (at * D::GROUP) >> self.block_shift;
         debug_assert!(first + S::LANES <= scales.len());
-        // SAFETY: scales are padded by a vector behind the last row's, and a token has a whole group of activations
-        // for every vector of words.
-        unsafe {
-            let scale = simd.permute(simd.load(scales.as_ptr().add(first)), index);
-            let x = self.x.values.as_ptr().add(at * group);
-            let partial = group_dot::<S, C, TOKENS>(simd, self.codes, words, x, self.x.stride);
-            for (sum, partial) in sums.iter_mut().zip(partial) {
+        // SAFETY: scales are padded by a vector behind the last row's.
+        let scales = unsafe { simd.load(scales.as_ptr().wrapping_add(first)) };
+        for (part, &index) in index.iter().enumerate().take(D::PARTS) {
+            let scale = simd.permute(scales, index);
+            let partial = self.partial::<TOKENS>(words, at, part);
+            for (token, (sum, partial)) in sums.iter_mut().zip(partial).enumerate() {
+                let partial = dot.to_f32(simd, partial);
+                let partial =
+                    if D::PACK > 1 { simd.mul(partial, self.side(&self.x.scales, token, at, part)) } else { partial };
                 *sum = simd.fma(partial, scale, *sum);
             }
         }
     }
+
+    /// `sum of weight * x` over one vector of words, for a part and every token.
+    #[inline(always)]
+    fn partial<const TOKENS: usize>(&self, words: S::Vector, at: usize, part: usize) -> [S::Vector; TOKENS] {
+        let (simd, dot) = (self.simd, self.dot);
+        let mut partial = [simd.splat(0.0); TOKENS];
+        if D::OFFSET != 0 {
+            for (token, partial) in partial.iter_mut().enumerate() {
+                *partial = self.side(&self.x.starts, token, at, part);
+            }
+        }
+        for unit in part * D::UNITS / D::PARTS..(part + 1) * D::UNITS / D::PARTS {
+            let operand = dot.operand(simd, words, unit);
+            for (token, partial) in partial.iter_mut().enumerate() {
+                let from = token * self.x.stride + (at * D::UNITS + unit) * S::LANES;
+                debug_assert!(from + S::LANES <= self.x.units.len());
+                // SAFETY: a token has a vector of activations for every unit of every vector of words.
+                let x = unsafe { simd.load(self.x.units.as_ptr().add(from).cast::<f32>()) };
+                *partial = dot.dot(simd, *partial, operand, x);
+            }
+        }
+        partial
+    }
+
+    /// The vector of `values`, `[tokens][groups][PARTS][lane]`, at a place.
+    #[inline(always)]
+    fn side(&self, values: &[u32], token: usize, at: usize, part: usize) -> S::Vector {
+        let from = ((token * self.groups + at) * D::PARTS + part) * S::LANES;
+        debug_assert!(from + S::LANES <= values.len());
+        // SAFETY: both arrays that are passed have a vector of 32-bit numbers for every such place.
+        unsafe { self.simd.load(values.as_ptr().add(from).cast::<f32>()) }
+    }
 }
 
-/// `sum over elements of code * x` for one vector of words and every token.
-///
-/// # Safety
-/// `LANES * PER_WORD` activations are readable at `x + token * stride` for every token.
+/// Asks for the scales that `groups` of a row take, from the row's first one on: the next rows' are read at once, when
+/// these are done.
 #[inline(always)]
-unsafe fn group_dot<S: Simd, C: Codes<S>, const TOKENS: usize>(
-    simd: S,
-    codes: C,
-    words: S::Vector,
-    x: *const f32,
-    stride: usize,
-) -> [S::Vector; TOKENS] {
-    let mut partial = [simd.splat(0.0); TOKENS];
-    for element in 0..C::PER_WORD {
-        let code = codes.decode(simd, words, element);
-        for (token, partial) in partial.iter_mut().enumerate() {
-            // SAFETY: handed on to the caller.
-            let x = unsafe { simd.load(x.add(token * stride + element * S::LANES)) };
-            *partial = if element == 0 { simd.mul(code, x) } else { simd.fma(code, x, *partial) };
-        }
+fn prefetch_scales<S: Simd>(simd: S, weight: &PackedWeight<'_>, first: usize, groups: &Range<usize>, group: usize) {
+    let block_size = weight.layout().block_size;
+    for block in (groups.start * group / block_size..(groups.end * group).div_ceil(block_size)).step_by(LEN) {
+        prefetch_scale(simd, weight, first + block);
     }
-    partial
 }
 
 /// Adds `sum_b shift[b] * (sum of x over block b)`.
@@ -276,7 +304,7 @@ fn add_shifts<S: Simd, const TOKENS: usize>(
     simd: S,
     shifts: &[f32],
     blocks: usize,
-    x: &Activations,
+    x: &Lanes,
     sums: &mut [S::Vector; TOKENS],
 ) {
     for at in (0..blocks).step_by(S::LANES) {

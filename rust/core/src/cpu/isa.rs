@@ -8,12 +8,16 @@ use super::aarch64::neon::Neon;
 use super::scalar::Scalar;
 use super::simd::Simd;
 #[cfg(target_arch = "x86_64")]
-use super::x86::{avx2::Avx2, avx512::Avx512};
+use super::x86::{amx, avx2::Avx2, avx512::Avx512};
 use crate::{Error, Result};
 
 /// An instruction set that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Isa {
+    /// The next one, and AMX: products of tiles of bf16 and int8.
+    Amx,
+    /// The next one, and VNNI: dot products of int16 and int8.
+    Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
@@ -26,11 +30,13 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best first.
-    pub const ALL: [Self; 4] = [Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
+    pub const ALL: [Self; 6] = [Self::Amx, Self::Avx512Vnni, Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
 
     /// The name that `LOWBIT_ISA` takes.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
+            Self::Avx512Vnni => "avx512_vnni",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Neon => "neon",
@@ -41,6 +47,10 @@ impl Isa {
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Vnni.is_available() && amx::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Self::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -56,7 +66,7 @@ impl Isa {
             Self::Neon => cfg!(target_arch = "aarch64"),
             Self::Scalar => true,
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512 | Self::Avx2 => false,
+            Self::Amx | Self::Avx512Vnni | Self::Avx512 | Self::Avx2 => false,
         }
     }
 
@@ -114,7 +124,7 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         // SAFETY: an `Isa` in circulation was detected on this machine.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { on_avx512(kernel) },
+        Isa::Amx | Isa::Avx512Vnni | Isa::Avx512 => unsafe { on_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { on_avx2(kernel) },

@@ -1,46 +1,33 @@
-//! `y = x @ W^T + bias` and its gradient to `x`: checks, dtypes, and the choice between the kernels.
+//! `y = x @ W^T + bias` and its gradient to `x`: checks, dtypes, and calls of the kernel that [`super::path`] chooses.
 
 use std::ops::Range;
 
+use super::activations::Activations;
+use super::dot::Arithmetic;
 use super::isa::{Isa, Kernel, dispatch};
-use super::panel::{Direction, Product};
-use super::scales::widen;
+use super::panel::{self, Direction};
+use super::path::{self, ActivationFormat, Path};
 use super::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use super::x86::amx;
 use super::{decode, parallel};
 use crate::dtype::{Element, Floats, FloatsMut, with_floats};
 use crate::storage::PackedWeight;
 use crate::{Error, Result};
 
-/// Tokens that are multiplied at once; bounds the fp32 copy of the activations.
+/// Tokens that are multiplied at once; bounds the copy of the activations.
 const TOKENS_AT_ONCE: usize = 512;
 
-/// Rows of activations or gradients: `tokens` rows of a known width, `stride` elements apart.
-#[derive(Debug, Clone, Copy)]
-pub struct Activations<'a> {
-    /// The elements, from the first of the first row to the last of the last.
-    pub values: Floats<'a>,
-    /// Number of rows.
-    pub tokens: usize,
-    /// Elements from one row to the next.
-    pub stride: usize,
-}
-
-impl Activations<'_> {
-    fn check(&self, argument: &'static str, width: usize) -> Result<()> {
-        let needed = if self.tokens == 0 { 0 } else { (self.tokens - 1) * self.stride + width };
-        if self.values.len() < needed {
-            let got = format!("{} elements", self.values.len());
-            return Err(Error::invalid(argument, got, format!("{} rows of {width}", self.tokens)));
-        }
-        Ok(())
-    }
-}
+/// What kernels hand their results to: `finish(tokens, outputs, strip, stride)` gets ranges of tokens and outputs and rows
+/// of their values, one a token and `stride` apart. Strips come in any order and from any thread.
+pub(super) type Finish<'a> = dyn Fn(Range<usize>, Range<usize>, &[f32], usize) + Sync + 'a;
 
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
-/// `[tokens, rows]`.
+/// `[tokens, rows]`. `format` says what activations may be rounded to before.
 pub fn linear(
     weight: &PackedWeight<'_>,
     x: Activations<'_>,
+    format: ActivationFormat,
     bias: Option<Floats<'_>>,
     out: FloatsMut<'_>,
     threads: usize,
@@ -50,7 +37,8 @@ pub fn linear(
         return Err(Error::invalid("bias", format!("{} elements", bias.len()), format!("{rows} elements")));
     }
     let bias: Option<Vec<f32>> = bias.map(|bias| (0..rows).map(|row| bias.get(row)).collect());
-    multiply(weight, Direction::Forward, x, bias.as_deref(), out, threads)
+    let call = Call { isa: Isa::current()?, weight, direction: Direction::Forward, format, threads };
+    call.check_and_run("x", x, bias.as_deref(), out)
 }
 
 /// `out[m, k] = sum_n grad[m, n] * w[n, k]`, summed in fp32 and rounded once to the dtype of `out`, `[tokens, cols]`.
@@ -60,73 +48,96 @@ pub fn linear_grad_input(
     out: FloatsMut<'_>,
     threads: usize,
 ) -> Result<()> {
-    multiply(weight, Direction::Gradient, grad, None, out, threads)
+    let format = ActivationFormat::None;
+    let call = Call { isa: Isa::current()?, weight, direction: Direction::Gradient, format, threads };
+    call.check_and_run("grad", grad, None, out)
 }
 
-fn multiply(
-    weight: &PackedWeight<'_>,
-    direction: Direction,
-    x: Activations<'_>,
-    bias: Option<&[f32]>,
-    out: FloatsMut<'_>,
-    threads: usize,
-) -> Result<()> {
-    let layout = weight.layout();
-    let (argument, terms, outputs) = match direction {
-        Direction::Forward => ("x", layout.cols, layout.rows),
-        Direction::Gradient => ("grad", layout.rows, layout.cols),
-    };
-    x.check(argument, terms)?;
-    if out.len() != x.tokens * outputs {
-        let expected = format!("{} rows of {outputs}", x.tokens);
-        return Err(Error::invalid("out", format!("{} elements", out.len()), expected));
-    }
-    let isa = Isa::current()?;
-    with_floats!(out, FloatsMut, out => {
-        for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
-            let out = &mut out[tokens.start * outputs..tokens.end * outputs];
-            let x = closely_packed(isa, &x, &tokens, terms, threads);
-            let call = Call { isa, weight, direction, x: &x, terms, outputs, bias, threads };
-            call.run(tokens.len(), out);
-        }
-    });
-    Ok(())
-}
-
-/// One product of fp32 activations, `[tokens, terms]`.
+/// What all tokens of a call have in common.
 struct Call<'a> {
     isa: Isa,
     weight: &'a PackedWeight<'a>,
     direction: Direction,
-    x: &'a [f32],
-    terms: usize,
-    outputs: usize,
-    bias: Option<&'a [f32]>,
+    format: ActivationFormat,
     threads: usize,
 }
 
 impl Call<'_> {
-    fn run<T: Element>(&self, tokens: usize, out: &mut [T]) {
-        let Self { isa, weight, x, terms, threads, .. } = *self;
-        let out = Out { base: out.as_mut_ptr(), len: out.len(), row: self.outputs, bias: self.bias };
-        let is_small = self.direction == Direction::Forward && tokens <= decode::MAX_TOKENS;
-        if terms == 0 || self.outputs == 0 {
-            out.write(0..self.outputs, tokens, |_, _| 0.0);
-        } else if is_small && !weight.layout().straddles_rows {
-            let mut y = vec![0.0; tokens * self.outputs];
-            decode::linear(isa, weight, x, tokens, &mut y, threads);
-            out.write(0..self.outputs, tokens, |token, output| y[output * tokens + token]);
-        } else {
-            let product = Product { weight, direction: self.direction, x, x_stride: terms, tokens };
-            product.run(isa, threads, |outputs, strip, stride| {
-                let first = outputs.start;
-                out.write(outputs, tokens, |token, output| strip[token * stride + output - first]);
-            });
+    fn check_and_run(
+        &self,
+        argument: &'static str,
+        x: Activations<'_>,
+        bias: Option<&[f32]>,
+        out: FloatsMut<'_>,
+    ) -> Result<()> {
+        let (outputs, terms) = self.direction.outputs_and_terms(self.weight);
+        x.check(argument, terms)?;
+        if out.len() != x.tokens * outputs {
+            let expected = format!("{} rows of {outputs}", x.tokens);
+            return Err(Error::invalid("out", format!("{} elements", out.len()), expected));
         }
+        with_floats!(out, FloatsMut, out => {
+            let out = Out { base: out.as_mut_ptr(), len: out.len(), row: outputs, bias };
+            if terms == 0 {
+                out.write(self.isa, 0..x.tokens, 0..outputs, &vec![0.0; outputs * x.tokens], outputs);
+            } else if outputs > 0 {
+                for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
+                    self.run(&x.rows(tokens.clone()), tokens.start, &out);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Multiplies `x`, whose first row is token `first` of `out`.
+    fn run<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
+        let path = path::choose(self.isa, self.weight, self.direction, self.format, x);
+        let is_done = match path {
+            Path::Decode(arithmetic) => self.decode(arithmetic, x, first, out),
+            Path::Panel => self.panel(x, first, out),
+            #[cfg(target_arch = "x86_64")]
+            Path::Tiles(numbers) => self.tiles(numbers, x, first, out),
+        };
+        if !is_done {
+            // There are no integers for NaN and infinities.
+            self.panel(x, first, out);
+        }
+    }
+
+    fn decode<T: Element>(&self, arithmetic: Arithmetic, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
+        for tokens in parallel::ranges(x.tokens, decode::most_tokens(self.isa)) {
+            let rows = x.rows(tokens.clone());
+            let Some(product) = decode::Product::new(self.isa, arithmetic, self.weight, &rows) else { return false };
+            product.run(self.threads, &out.after(self.isa, first + tokens.start));
+        }
+        true
+    }
+
+    fn panel<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
+        let (_, terms) = self.direction.outputs_and_terms(self.weight);
+        let values = closely_packed(self.isa, x, terms, self.threads);
+        let product = panel::Product {
+            weight: self.weight,
+            direction: self.direction,
+            x: &values,
+            x_stride: terms,
+            tokens: x.tokens,
+        };
+        product.run(self.isa, self.threads, &out.after(self.isa, first));
+        true
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn tiles<T: Element>(&self, numbers: amx::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
+        let Some(product) = amx::Product::new(self.weight, self.direction, numbers, x, self.threads) else {
+            return false;
+        };
+        product.run(self.threads, &out.after(self.isa, first));
+        true
     }
 }
 
-/// The output matrix, written in disjoint ranges of columns by several threads.
+/// The output matrix, written in disjoint ranges by several threads.
 struct Out<'a, T> {
     base: *mut T,
     len: usize,
@@ -134,53 +145,84 @@ struct Out<'a, T> {
     bias: Option<&'a [f32]>,
 }
 
-// SAFETY: threads write disjoint columns, see `Out::write`.
+// SAFETY: threads write disjoint parts, see `Out::write`.
 unsafe impl<T: Send> Sync for Out<'_, T> {}
 
 impl<T: Element> Out<'_, T> {
-    /// Rounds `value(token, output)` plus the bias for the `outputs` of every token. No other thread may be given one
-    /// of these outputs.
-    #[inline]
-    fn write(&self, outputs: Range<usize>, tokens: usize, value: impl Fn(usize, usize) -> f32) {
-        assert!(outputs.end <= self.row && tokens * self.row <= self.len);
-        for token in 0..tokens {
-            for output in outputs.clone() {
-                let bias = self.bias.map_or(0.0, |bias| bias[output]);
-                // SAFETY: within the matrix as asserted, and no other thread writes this output.
-                unsafe { self.base.add(token * self.row + output).write(T::from_f32(value(token, output) + bias)) };
-            }
+    /// Where the results of a kernel go whose first token is token `first` of the matrix.
+    fn after(&self, isa: Isa, first: usize) -> impl Fn(Range<usize>, Range<usize>, &[f32], usize) + Sync {
+        move |tokens, outputs, strip, stride| {
+            self.write(isa, first + tokens.start..first + tokens.end, outputs, strip, stride);
+        }
+    }
+
+    /// Adds the bias to the `outputs` of every token, rows of `strip` that are `stride` apart, rounds and stores them. No
+    /// other thread may be given one of these places.
+    fn write(&self, isa: Isa, tokens: Range<usize>, outputs: Range<usize>, strip: &[f32], stride: usize) {
+        assert!(outputs.end <= self.row && tokens.end * self.row <= self.len);
+        for (token, values) in tokens.zip(strip.chunks(stride.max(1))) {
+            let values = &values[..outputs.len()];
+            let bias = self.bias.map(|bias| &bias[outputs.clone()]);
+            // SAFETY: within the matrix as asserted, and no other thread has a part of this range.
+            let to = unsafe {
+                std::slice::from_raw_parts_mut(self.base.add(token * self.row + outputs.start), outputs.len())
+            };
+            dispatch(isa, Store { values, bias, to });
         }
     }
 }
 
-/// The rows `tokens` of `x` in fp32, closely packed.
-fn closely_packed(isa: Isa, x: &Activations<'_>, tokens: &Range<usize>, width: usize, threads: usize) -> Vec<f32> {
-    let mut out = vec![0.0; tokens.len() * width];
-    if out.is_empty() {
-        return out;
-    }
-    with_floats!(x.values, Floats, values => {
-        let at_once = ((1 << 16) / width).max(1);
-        let parts = out.chunks_mut(at_once * width).zip((tokens.start..).step_by(at_once)).collect();
-        parallel::for_each(threads, parts, |(out, first)| {
-            for (row, out) in out.chunks_exact_mut(width).enumerate() {
-                dispatch(isa, Widen { from: &values[(first + row) * x.stride..][..width], to: out });
-            }
-        });
-    });
-    out
+/// Stores `values + bias`.
+struct Store<'a, T> {
+    values: &'a [f32],
+    bias: Option<&'a [f32]>,
+    to: &'a mut [T],
 }
 
-struct Widen<'a, T> {
-    from: &'a [T],
-    to: &'a mut [f32],
-}
-
-impl<T: Element> Kernel for Widen<'_, T> {
+impl<T: Element> Kernel for Store<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        widen(simd, self.from, self.to);
+        let Self { values, bias, to } = self;
+        let whole = to.len() - to.len() % S::LANES;
+        for at in (0..whole).step_by(S::LANES) {
+            // SAFETY: `at + LANES` is within all three slices.
+            unsafe {
+                let sum = simd.load(values[at..].as_ptr());
+                let sum = bias.map_or(sum, |bias| simd.add(sum, simd.load(bias[at..].as_ptr())));
+                simd.store(to[at..].as_mut_ptr(), sum);
+            }
+        }
+        for at in whole..to.len() {
+            to[at] = T::from_f32(values[at] + bias.map_or(0.0, |bias| bias[at]));
+        }
+    }
+}
+
+/// The rows of `x` in fp32, closely packed.
+fn closely_packed(isa: Isa, x: &Activations<'_>, width: usize, threads: usize) -> Vec<f32> {
+    let mut out = vec![0.0; x.tokens * width];
+    let at_once = ((1 << 16) / width).max(1);
+    let parts = out.chunks_mut(at_once * width).zip((0..).step_by(at_once)).collect();
+    parallel::for_each(threads, parts, |(out, first)| dispatch(isa, Widen { x, first, width, out }));
+    out
+}
+
+struct Widen<'a> {
+    x: &'a Activations<'a>,
+    first: usize,
+    width: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (token, out) in (self.first..).zip(self.out.chunks_exact_mut(self.width)) {
+            self.x.read(simd, token, 0, out);
+        }
     }
 }

@@ -3,13 +3,17 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod activations;
+mod aligned;
 mod codes;
 mod decode;
 mod dequantize;
+mod dot;
 mod isa;
 mod linear;
 mod panel;
 mod parallel;
+mod path;
 mod quantize;
 mod scalar;
 mod scales;
@@ -18,8 +22,10 @@ mod source;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use activations::Activations;
 pub use dequantize::{dequantize, dequantize_rows};
 pub use isa::Isa;
-pub use linear::{Activations, linear, linear_grad_input};
+pub use linear::{linear, linear_grad_input};
+pub use path::ActivationFormat;
 pub use quantize::{NonFinite, quantize};
 pub use source::Source;

@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::codes::{Codes, VECTOR_BYTES, padded, with_codes};
 use super::dequantize::{BlockScales, decode_row};
 use super::isa::{Isa, Kernel, dispatch};
+use super::linear::Finish;
 use super::parallel;
 use super::scales::{read_scales, read_shifts};
 use super::simd::Simd;
@@ -34,6 +35,17 @@ pub(super) enum Direction {
     Gradient,
 }
 
+impl Direction {
+    /// Numbers of the result for a token, and terms of the sum that each of them is.
+    pub(super) fn outputs_and_terms(self, weight: &PackedWeight<'_>) -> (usize, usize) {
+        let layout = weight.layout();
+        match self {
+            Self::Forward => (layout.rows, layout.cols),
+            Self::Gradient => (layout.cols, layout.rows),
+        }
+    }
+}
+
 /// One product: `tokens` rows of `x` with any weight, into `y`, both fp32.
 pub(super) struct Product<'a> {
     pub(super) weight: &'a PackedWeight<'a>,
@@ -45,33 +57,18 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    fn terms(&self) -> usize {
-        match self.direction {
-            Direction::Forward => self.weight.layout().cols,
-            Direction::Gradient => self.weight.layout().rows,
-        }
-    }
-
-    fn outputs(&self) -> usize {
-        match self.direction {
-            Direction::Forward => self.weight.layout().rows,
-            Direction::Gradient => self.weight.layout().cols,
-        }
-    }
-
-    /// Computes the product and hands it over in strips: `finish(outputs, strip, stride)` gets a range of outputs and
-    /// `tokens` rows of their values, `stride` apart. Strips come in any order and from any thread.
-    pub(super) fn run(&self, isa: Isa, threads: usize, finish: impl Fn(Range<usize>, &[f32], usize) + Sync) {
+    /// Computes the product and hands it over, all tokens at once.
+    pub(super) fn run(&self, isa: Isa, threads: usize, finish: &Finish<'_>) {
         let width = dispatch(isa, PanelWidth);
-        let outputs = self.outputs();
-        let products = self.terms() * outputs * self.tokens;
+        let (outputs, terms) = self.direction.outputs_and_terms(self.weight);
+        let products = terms * outputs * self.tokens;
         let threads = threads.min(1 + products / PRODUCTS_PER_THREAD);
         let panels = (outputs.div_ceil(width) / (4 * threads.max(1))).clamp(1, MAX_PANELS);
         parallel::for_each(threads, parallel::ranges(outputs, panels * width), |range| {
             let stride = range.len().next_multiple_of(width);
             let mut sums = vec![0.0; self.tokens * stride];
             dispatch(isa, Strip { product: self, outputs: range.clone(), sums: &mut sums, stride });
-            finish(range, &sums, stride);
+            finish(0..self.tokens, range, &sums, stride);
         });
     }
 }
@@ -110,7 +107,7 @@ impl Strip<'_> {
     #[inline(always)]
     fn compute<S: Simd, C: Codes<S>>(mut self, simd: S, codes: C) {
         let width = VECTORS * S::LANES;
-        let terms = self.product.terms();
+        let (_, terms) = self.product.direction.outputs_and_terms(self.product.weight);
         let mut panels = vec![0.0; TERMS * self.stride];
         let mut filler = Filler { weight: self.product.weight, scratch: Scratch::default() };
         for range in parallel::ranges(terms, TERMS) {

@@ -1,4 +1,10 @@
-//! Work for a given number of threads: the caller's own and rayon's.
+//! Work for a given number of threads, of which the caller is one.
+//!
+//! Where torch is in the process, its own OpenMP team does the work: the team's threads are awake between torch's
+//! calls and ours, while those of a second pool would wait for a core until the first have stopped spinning. Elsewhere
+//! rayon's threads do it.
+
+mod openmp;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -8,8 +14,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 /// Calls `work` for every item, on `threads` threads of which the caller is one. Items are taken in order as threads
 /// come free, so a late thread delays nobody.
 pub(crate) fn for_each<T: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) + Sync) {
-    let helpers = threads.min(items.len()).saturating_sub(1);
-    if helpers == 0 {
+    let threads = threads.min(items.len());
+    if threads <= 1 {
         items.into_iter().for_each(work);
         return;
     }
@@ -20,8 +26,12 @@ pub(crate) fn for_each<T: Send>(threads: usize, items: Vec<T>, work: impl Fn(T) 
             work(item);
         }
     };
+    if let Some(team) = openmp::team() {
+        team.run(threads, &drain);
+        return;
+    }
     pool(threads - 1).in_place_scope(|scope| {
-        for _ in 0..helpers {
+        for _ in 1..threads {
             scope.spawn(|_| drain());
         }
         drain();

@@ -85,8 +85,40 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `LANES` bytes are writable at `to`.
     unsafe fn round_to_bytes(self, v: Self::Vector, to: *mut u8);
 
-    /// Asks for the cache line at `from`; any address will do.
+    /// Converts lanes that hold int32 to fp32.
+    fn ints_to_f32(self, v: Self::Vector) -> Self::Vector;
+
+    /// Asks memory for the cache line at `from`, which is brought into the L2 cache; any address will do.
     fn prefetch(self, from: *const u8);
+    /// Asks the L2 cache for the cache line at `from`; any address will do.
+    fn prefetch_near(self, from: *const u8);
+}
+
+/// Dot products of integers, exact in int32. A 32-bit lane of a vector holds `PACK` of them, or a sum.
+pub(crate) trait IntDot<S: Simd>: Copy {
+    /// What is multiplied.
+    type Number;
+    /// Numbers in a lane.
+    const PACK: usize;
+    /// What is added to every weight for the instruction's sake.
+    const OFFSET: i32;
+    /// See [`Dot::PARTS`](super::dot::Dot::PARTS), for 4-bit codes.
+    const NIBBLE_PARTS: usize;
+    /// Sixteen numbers that can be looked up by a 4-bit index.
+    type Table: Copy;
+
+    /// Prepares a table.
+    fn table(self, values: &[Self::Number; codebook::LEN]) -> Self::Table;
+    /// Which code of a vector of words is number `i` of `lane` of operand `unit`.
+    fn nibble_element(unit: usize, lane: usize, i: usize) -> usize;
+    /// Operand `unit` of a vector of words of 4-bit codes.
+    fn nibbles(self, table: Self::Table, words: S::Vector, unit: usize) -> S::Vector;
+    /// As [`Self::nibble_element`], for bytes.
+    fn byte_element(unit: usize, lane: usize, i: usize) -> usize;
+    /// Operand `unit` of a vector of words of signed bytes.
+    fn bytes(self, words: S::Vector, unit: usize) -> S::Vector;
+    /// `sum + weights . x` for every lane. `x` holds no -128 where numbers are bytes.
+    fn dot(self, sum: S::Vector, weights: S::Vector, x: S::Vector) -> S::Vector;
 }
 
 /// The shift that brings nibble `element` of a little-endian word of packed codes to the low bits: the even element

@@ -1,3 +1,4 @@
 //! aarch64 instruction sets.
 
 pub(super) mod neon;
+pub(super) mod neon_dots;

@@ -217,9 +217,17 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    fn ints_to_f32(self, v: float32x4_t) -> float32x4_t {
+        unsafe { vcvtq_f32_s32(vreinterpretq_s32_f32(v)) }
+    }
+
+    #[inline(always)]
     fn prefetch(self, _from: *const u8) {
         // Stable Rust has no aarch64 prefetch; the hardware's own follows the rows.
     }
+
+    #[inline(always)]
+    fn prefetch_near(self, _from: *const u8) {}
 }
 
 /// Saturates four 32-bit integers to signed bytes and stores them.
