@@ -111,3 +111,36 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def half_step(dtype: torch.dtype) -> float:
     """The largest absolute error of rounding to ``dtype`` below its normal range."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+
+
+#: Relative error of a weight in tiles of 16-bit numbers (docs/cpu.md): rounded to bfloat16 beside activations in it, split
+#: in two parts beside float16.
+_TILE_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-13}
+
+
+def weight_rounding(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The largest error of a weight [N, K] that is multiplied with activations or gradients in ``dtype``.
+
+    That of tiles, or half a step of a codebook in 14 bits of its largest value.
+    """
+    tiles = packed.dequantize(torch.float32).double().abs() * _TILE_ROUNDING[dtype]
+    if dtype == torch.float32 or packed.spec.bits == 8:
+        return tiles
+    largest = codebook_of(packed.spec, packed.codebook).values.abs().max()
+    return torch.maximum(tiles, per_weight(packed, scales(packed).double().abs()) * largest * (0.5 / 8191))
+
+
+def factor_rounding(packed: PackedWeight, x: Tensor) -> Tensor:
+    """By how much rounding the factors of products may change ``x @ W.T``, for x [tokens, K]: [tokens, N].
+
+    Beside that of weights, activations in 16 bits may be rounded to 14 bits of the largest of 16 neighbours.
+    """
+    total = x.double().abs() @ weight_rounding(packed, x.dtype).T
+    if x.dtype == torch.float32:
+        return total
+    padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 16))
+    largest = padded.unflatten(1, (-1, 16)).amax(2).repeat_interleave(16, 1)[:, : x.shape[1]]
+    magnitude = packed.dequantize(torch.float32).double().abs()
+    if packed.shift is not None:
+        magnitude += per_weight(packed, packed.shift.double().abs())
+    return total + (largest * 0.5 / 8192) @ magnitude.T

@@ -32,20 +32,21 @@ TABLE = tuple(torch.linspace(-1, 1, 16).tolist())
 
 
 def summation_bound(packed: PackedWeight, x: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """The largest |y - exact| of an fp32 sum in any order, per output.
+    """The largest |y - exact| of an fp32 sum in any order, per output, of factors rounded as docs/cpu.md says.
 
     A sum of n fp32 terms is off by at most gamma(n) = n u / (1 - n u) times the sum of magnitudes, u = 2^-24 (Higham,
     Accuracy and Stability, 3.1). Here n is K products and sums, the block's scale, its shift times the block's sum of
     x, and the bias. A shift cancels in the weight but not in the sums: its magnitude counts beside that of scale *
     code. The result is rounded to its dtype once more.
     """
-    terms = packed.shape[1] + 8
+    terms = packed.shape[1] + 16
     gamma = terms * 2.0**-24 / (1 - terms * 2.0**-24)
     magnitude = packed.dequantize(torch.float32).double().abs()
     if packed.shift is not None:
         magnitude += 2 * oracle.per_weight(packed, packed.shift.double().abs())
     total = x.double().abs() @ magnitude.T + (0 if bias is None else bias.double().abs())
-    return gamma * total + oracle.unit_roundoff(x.dtype) * y.double().abs() * 1.01 + 2 * oracle.half_step(x.dtype)
+    rounded = oracle.unit_roundoff(x.dtype) * y.double().abs() * 1.01 + 2 * oracle.half_step(x.dtype)
+    return gamma * total + oracle.factor_rounding(packed, x) + rounded
 
 
 def exact_linear(packed: PackedWeight, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,16 +110,33 @@ class TestLinear:
                 magnitude = weight.abs()
                 if packed.shift is not None:
                     magnitude += 2 * oracle.per_weight(packed, packed.shift.double().abs())
-                gamma = (rows + 8) * 2.0**-24 / (1 - (rows + 8) * 2.0**-24)
-                bound = gamma * (grad.double().abs() @ magnitude)
+                gamma = (rows + 16) * 2.0**-24 / (1 - (rows + 16) * 2.0**-24)
+                bound = grad.double().abs() @ (gamma * magnitude + oracle.weight_rounding(packed, dtype))
                 bound += oracle.unit_roundoff(dtype) * x.grad.double().abs() * 1.01 + 2 * oracle.half_step(dtype)
                 assert ((x.grad.double() - grad.double() @ weight).abs() - bound).max() <= 0
 
-    def test_special_values_of_x_follow_ieee(self) -> None:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_activations_in_int8(self, format: str, dtype: torch.dtype) -> None:
+        """Half a step of an activation, half a step of a code in 6 bits or more, and the roundings without int8."""
+        for block_size in (32, 64, "row"):
+            packed = lowbit_rs.quantize(torch.randn(40, 200), format, block_size)  # type: ignore[arg-type]
+            weight = oracle.dequantize(packed, torch.float32).double().abs()
+            shift = 0 if packed.shift is None else oracle.per_weight(packed, packed.shift.double().abs())
+            for tokens in (1, 3, 8, 17):
+                x = torch.randn(tokens, 200).to(dtype)
+                y = lowbit_rs.linear(x, packed, activation="int8")
+                largest = x.double().abs().amax(1, keepdim=True)
+                step = (largest / 126 * 0.5).expand(tokens, 200) @ (weight + shift).T
+                code = 0.5 / 63 * oracle.per_weight(packed, oracle.scales(packed).double().abs())
+                code = code * (0 if packed.spec.bits == 8 else oracle.codebook_of(packed.spec, None).values.abs().max())
+                bound = summation_bound(packed, x, None, y) + step + 1.01 * (x.double().abs() @ code.T)
+                assert ((y.double() - exact_linear(packed, x, None)).abs() - bound).max() <= 0
+
+    def test_special_values_of_x_follow_ieee(self, dtype: torch.dtype) -> None:
         """An infinity or NaN in one token stays in that token."""
         packed = lowbit_rs.quantize(torch.randn(20, 96))
         for tokens in (2, 30):
-            x = torch.randn(tokens, 96)
+            x = torch.randn(tokens, 96).to(dtype)
             clean = lowbit_rs.linear(x, packed)
             x[1, 5] = float("nan")
             y = lowbit_rs.linear(x, packed)

@@ -2,7 +2,7 @@
 
 use crate::codebook::Codebook;
 use crate::dtype::{Dtype, Floats, FloatsMut};
-use crate::format::{Layout, Spec, double_quant};
+use crate::format::{BlockSize, Format, Layout, Spec, double_quant};
 use crate::{Error, Result};
 
 /// The scales of a weight as stored, one per block.
@@ -147,6 +147,11 @@ impl<'a> PackedWeight<'a> {
     /// Packed codes.
     pub fn codes(&self) -> &'a [u8] {
         self.codes
+    }
+
+    /// Whether codes are 8-bit integers with one scale for each row, as `LLM.int8()` has them.
+    pub fn is_int8_by_rows(&self) -> bool {
+        self.spec.format == Format::Int8 && self.spec.block_size == BlockSize::Row
     }
 
     /// The table of a 4-bit format; none for 8 bits.

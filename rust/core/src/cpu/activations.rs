@@ -8,7 +8,7 @@ use super::isa::Isa;
 use super::scales::widen;
 use super::simd::Simd;
 use crate::dtype::{Floats, with_floats};
-use crate::format::{BlockSize, Format};
+use crate::format::BlockSize;
 use crate::storage::PackedWeight;
 use crate::{Error, Result};
 
@@ -60,10 +60,10 @@ const INT16_INTERVAL: usize = BlockSize::MIN;
 /// How many activations share a scale, and their sum a scale of the weight. `LLM.int8()` has one scale for a row of
 /// either.
 pub(super) fn interval(weight: &PackedWeight<'_>, arithmetic: Arithmetic) -> usize {
-    let (layout, spec) = (weight.layout(), weight.spec());
+    let layout = weight.layout();
     match arithmetic {
         Arithmetic::Int16 => INT16_INTERVAL,
-        Arithmetic::Int8 if spec.format == Format::Int8 && spec.block_size == BlockSize::Row => layout.cols,
+        Arithmetic::Int8 if weight.is_int8_by_rows() => layout.cols,
         Arithmetic::Int8 => layout.block_size.min(INT8_INTERVAL),
         Arithmetic::Fp32 => layout.block_size,
     }

@@ -91,29 +91,27 @@ impl Call<'_> {
 
     /// Multiplies `x`, whose first row is token `first` of `out`.
     fn run<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        let path = path::choose(self.isa, self.weight, self.direction, self.format, x);
-        let is_done = match path {
+        match path::choose(self.isa, self.weight, self.direction, self.format, x) {
             Path::Decode(arithmetic) => self.decode(arithmetic, x, first, out),
             Path::Panel => self.panel(x, first, out),
             #[cfg(target_arch = "x86_64")]
             Path::Tiles(numbers) => self.tiles(numbers, x, first, out),
-        };
-        if !is_done {
-            // There are no integers for NaN and infinities.
-            self.panel(x, first, out);
         }
     }
 
-    fn decode<T: Element>(&self, arithmetic: Arithmetic, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
+    fn decode<T: Element>(&self, arithmetic: Arithmetic, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
         for tokens in parallel::ranges(x.tokens, decode::most_tokens(self.isa)) {
-            let rows = x.rows(tokens.clone());
-            let Some(product) = decode::Product::new(self.isa, arithmetic, self.weight, &rows) else { return false };
-            product.run(self.threads, &out.after(self.isa, first + tokens.start));
+            let (rows, first) = (x.rows(tokens.clone()), first + tokens.start);
+            match decode::Product::new(self.isa, arithmetic, self.weight, &rows) {
+                Some(product) => product.run(self.threads, &out.after(self.isa, first)),
+                // There are no integers for NaN and infinities; other tokens do not notice.
+                None if rows.tokens == 1 => self.panel(&rows, first, out),
+                None => (0..rows.tokens).for_each(|i| self.decode(arithmetic, &rows.rows(i..i + 1), first + i, out)),
+            }
         }
-        true
     }
 
-    fn panel<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
+    fn panel<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
         let (_, terms) = self.direction.outputs_and_terms(self.weight);
         let values = closely_packed(self.isa, x, terms, self.threads);
         let product = panel::Product {
@@ -124,16 +122,15 @@ impl Call<'_> {
             tokens: x.tokens,
         };
         product.run(self.isa, self.threads, &out.after(self.isa, first));
-        true
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn tiles<T: Element>(&self, numbers: amx::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) -> bool {
-        let Some(product) = amx::Product::new(self.weight, self.direction, numbers, x, self.threads) else {
-            return false;
-        };
-        product.run(self.threads, &out.after(self.isa, first));
-        true
+    fn tiles<T: Element>(&self, numbers: amx::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
+        match amx::Product::new(self.weight, self.direction, numbers, x, self.threads) {
+            Some(product) => product.run(self.threads, &out.after(self.isa, first)),
+            // There are no integers for NaN and infinities.
+            None => self.panel(x, first, out),
+        }
     }
 }
 

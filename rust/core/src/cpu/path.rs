@@ -8,7 +8,6 @@ use super::panel::Direction;
 #[cfg(target_arch = "x86_64")]
 use super::x86::amx::Numbers;
 use crate::dtype::Dtype;
-use crate::format::{BlockSize, Format};
 use crate::storage::PackedWeight;
 use crate::{Error, Result};
 
@@ -44,54 +43,44 @@ pub(super) enum Path {
     Tiles(Numbers),
 }
 
-/// Cycles of one thread for 128 weights: `weights` whatever the number of tokens, `tokens` for each token or, of tiles,
-/// for 16 of them. Measured on Sapphire Rapids with NF4 in blocks of 64 (docs/cpu.md); other formats shift all of a
-/// line alike.
+/// Time of one thread for 128 weights, in units of 1/2.6 ns: `weights` whatever the number of tokens, `tokens` for each
+/// token or, of tiles, for 16 of them. Measured on Sapphire Rapids with NF4 in blocks of 64 (docs/cpu.md); other formats
+/// shift all of a line alike.
 #[derive(Clone, Copy)]
 struct Cost {
     weights: f32,
     tokens: f32,
 }
 
+/// The costs on an instruction set.
 struct Costs {
     fp32: Cost,
     int16: Cost,
     int8: Cost,
     panel: Cost,
-    /// One product of parts.
-    tiles: Cost,
+    /// One product of parts; none where there are no tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    tiles: Option<Cost>,
 }
 
-/// Cycles in which a thread reads 64 bytes, 128 weights of 4 bits, from memory: no pass over the weight is faster.
+/// Time in which a thread reads 64 bytes, 128 weights of 4 bits, from memory: no pass over the weight is faster.
 const READ: f32 = 11.0;
 
 const fn costs(isa: Isa) -> Costs {
     const fn cost(weights: f32, tokens: f32) -> Cost {
         Cost { weights, tokens }
     }
-    const NEVER: Cost = cost(f32::INFINITY, 0.0);
+    let tiles = if matches!(isa, Isa::Amx) { Some(cost(20.0, 10.0)) } else { None };
     match isa {
-        Isa::Amx | Isa::Avx512Vnni => Costs {
-            fp32: cost(9.0, 5.0),
-            int16: cost(4.5, 4.0),
-            int8: cost(3.5, 3.0),
-            panel: cost(30.0, 5.0),
-            tiles: if matches!(isa, Isa::Amx) { cost(24.0, 6.0) } else { NEVER },
-        },
-        Isa::Avx512 => Costs {
-            fp32: cost(9.0, 5.0),
-            int16: cost(4.5, 6.0),
-            int8: cost(3.5, 6.0),
-            panel: cost(30.0, 5.0),
-            tiles: NEVER,
-        },
-        Isa::Avx2 | Isa::Neon | Isa::Scalar => Costs {
-            fp32: cost(28.0, 8.0),
-            int16: cost(8.0, 10.0),
-            int8: cost(6.0, 8.0),
-            panel: cost(60.0, 9.0),
-            tiles: NEVER,
-        },
+        Isa::Amx | Isa::Avx512Vnni => {
+            Costs { fp32: cost(9.0, 5.0), int16: cost(5.5, 4.0), int8: cost(3.5, 3.0), panel: cost(30.0, 5.0), tiles }
+        }
+        Isa::Avx512 => {
+            Costs { fp32: cost(9.0, 5.0), int16: cost(5.5, 6.0), int8: cost(3.5, 6.0), panel: cost(30.0, 5.0), tiles }
+        }
+        Isa::Avx2 | Isa::Neon | Isa::Scalar => {
+            Costs { fp32: cost(28.0, 8.0), int16: cost(8.0, 10.0), int8: cost(6.0, 8.0), panel: cost(60.0, 9.0), tiles }
+        }
     }
 }
 
@@ -124,11 +113,11 @@ pub(super) fn choose(
         }
     }
     #[cfg(target_arch = "x86_64")]
-    {
+    if let Some(tiles) = costs.tiles {
         let numbers = tile_numbers(weight, direction, format, x.values.dtype());
         let products = numbers.product_count() as f32;
-        let tiles = costs.tiles;
-        consider(Path::Tiles(numbers), tiles.weights + products * tiles.tokens * (tokens / 16.0).ceil());
+        let weights = tiles.weights * numbers.w_parts() as f32;
+        consider(Path::Tiles(numbers), weights + products * tiles.tokens * (tokens / 16.0).ceil());
     }
     best.0
 }
@@ -139,9 +128,9 @@ pub(super) fn choose(
 fn tile_numbers(weight: &PackedWeight<'_>, direction: Direction, format: ActivationFormat, dtype: Dtype) -> Numbers {
     /// Longest row whose sums of int8 products fit int32.
     const LONGEST: usize = i32::MAX as usize / (128 * 127);
-    let spec = weight.spec();
-    let by_rows = spec.format == Format::Int8 && spec.block_size == BlockSize::Row && weight.layout().cols <= LONGEST;
-    if by_rows && direction == Direction::Forward && format == ActivationFormat::Int8 {
+    // Codes of int8 with a scale a row are multiplied as they are.
+    let is_exact = weight.is_int8_by_rows() && direction == Direction::Forward;
+    if is_exact && format == ActivationFormat::Int8 && weight.layout().cols <= LONGEST {
         return Numbers::Int8;
     }
     let x_parts = match dtype {
@@ -149,7 +138,5 @@ fn tile_numbers(weight: &PackedWeight<'_>, direction: Direction, format: Activat
         Dtype::Float16 => 2,
         Dtype::Float32 => 3,
     };
-    // Codes of int8 with a scale a row are multiplied as they are.
-    let is_exact = spec.format == Format::Int8 && spec.block_size == BlockSize::Row && direction == Direction::Forward;
     Numbers::Bf16 { x_parts, w_parts: if is_exact { 1 } else { x_parts } }
 }

@@ -22,7 +22,6 @@ use crate::cpu::panel::Direction;
 use crate::cpu::scales::{prefetch_scale, read_scales, read_shifts};
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
-use crate::format::{BlockSize, Format};
 use crate::storage::PackedWeight;
 
 /// In which order the terms of a sum follow each other in tiles.
@@ -62,12 +61,11 @@ const SMALLEST_TABLE_BLOCK: usize = 64;
 
 impl Method {
     pub(super) fn choose(weight: &PackedWeight<'_>, direction: Direction, numbers: Numbers) -> Self {
-        let (layout, spec) = (weight.layout(), weight.spec());
-        let is_row_codes = spec.format == Format::Int8 && spec.block_size == BlockSize::Row;
-        debug_assert!(numbers != Numbers::Int8 || is_row_codes);
+        let layout = weight.layout();
+        debug_assert!(numbers != Numbers::Int8 || weight.is_int8_by_rows());
         match direction {
             Direction::Gradient => Self::PairsOfRows,
-            Direction::Forward if is_row_codes => Self::RowCodes,
+            Direction::Forward if weight.is_int8_by_rows() => Self::RowCodes,
             Direction::Forward if layout.bits == 4 && !layout.straddles_rows && has_table_blocks(weight) => {
                 Self::Tables
             }

@@ -45,6 +45,7 @@ pub(in crate::cpu) enum Numbers {
 }
 
 impl Numbers {
+    /// Parts of an activation.
     pub(super) fn x_parts(self) -> usize {
         match self {
             Self::Bf16 { x_parts, .. } => x_parts,
@@ -52,7 +53,8 @@ impl Numbers {
         }
     }
 
-    pub(super) fn w_parts(self) -> usize {
+    /// Parts of a weight.
+    pub(in crate::cpu) fn w_parts(self) -> usize {
         match self {
             Self::Bf16 { w_parts, .. } => w_parts,
             Self::Int8 => 1,
