@@ -1,11 +1,13 @@
 """Linear layers on the CPU side by side: torch, bitsandbytes, lowbit_rs; one process, one run, weights out of caches.
 
-    python benches/python/cpu_linear.py [--shapes 4096x4096] [--tokens 1,16] [--rivals "torch bf16,nf4"] [--quick]
+    python benches/python/cpu_linear.py [--shapes 4096x4096] [--tokens 1,16] [--rivals "torch bf16;nf4"] [--quick]
+    python benches/python/cpu_linear.py --threads 1 --name cpu_linear_1_thread
+    python benches/python/cpu_linear.py --isa avx2 --name cpu_linear_avx2
 
 Each call takes another copy of the weight, and the copies together exceed the last-level cache, as the layers of a
 large model do. Rivals take turns in rounds, so that a slow moment of the machine meets all of them; the median over
 all rounds is shown, with its ratio to torch bf16. `error` is the relative error of the result against float64.
-Writes benches/results/cpu_linear.json, with the read bandwidth of memory measured in the same run.
+Writes benches/results/<name>.json, with the read bandwidth of memory measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from torch import Tensor, nn
 
 from bitsandbytes_layers import MissingError
 from environment import save
+from lowbit_rs import _native
 from lowbit_rs.demo.machine import last_level_cache
 from rivals import RIVALS, Rival
 
 BASELINE = "torch bf16"
-_SHAPES = "4096x4096,14336x4096,4096x14336"
+_SHAPES = "4096x4096,14336x4096,4096x14336,576x1536,1000x1111"
 _TOKENS = "1,4,16,64,512"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WARM_UP = 3
@@ -47,13 +50,17 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     bandwidth = read_bandwidth()
-    console.print(f"{torch.get_num_threads()} threads, {bandwidth / 1e9:.1f} GB/s read from memory")
+    if arguments.isa is not None:
+        _native.force_isa(arguments.isa)
+    threads, isa = torch.get_num_threads(), _native.isa()
+    console.print(f"{threads} threads, {isa}, {bandwidth / 1e9:.1f} GB/s read from memory")
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         measured = measure_shape(shape, arguments, console)
         rows += measured
         console.print(_table(measured, f"{shape[0]} x {shape[1]}: milliseconds, and times as fast as {BASELINE}"))
-    console.print(f"wrote {save('cpu_linear', rows, read_bandwidth_bytes_per_second=bandwidth)}")
+    more = {"read_bandwidth_bytes_per_second": bandwidth, "threads": threads, "isa": isa}
+    console.print(f"wrote {save(arguments.name, rows, **more)}")
 
 
 @torch.inference_mode()
@@ -84,9 +91,14 @@ def measure_shape(shape: tuple[int, int], arguments: argparse.Namespace, console
 
 def _make(rival: Rival, weight: Tensor, console: Console) -> nn.Module | None:
     try:
-        return rival.make(weight)
+        layer = rival.make(weight)
+        layer(torch.zeros(1, weight.shape[1], dtype=weight.dtype))
+        return layer
     except MissingError as error:
         console.print(f"{rival.name} is left out: {error}")
+        return None
+    except (AssertionError, RuntimeError, ValueError) as error:  # shapes that a rival does not take
+        console.print(f"{rival.name} fails for {list(weight.shape)}: {error}")
         return None
 
 
@@ -126,7 +138,8 @@ def _seconds(copies: Sequence[nn.Module], x: Tensor, repeats: int) -> list[float
 def _describe(rival: Rival, layer: nn.Module, weight: Tensor, x: Tensor) -> dict[str, Any]:
     """What a row says beside times; calls the layer once, after which it has taken its path."""
     exact = nn.functional.linear(x.double(), weight.double())
-    error = (layer(x).double() - exact).norm() / exact.norm()
+    y = layer(x).double()
+    error = (y - exact).norm() / exact.norm() if rival.is_linear else None
     return {
         "rival": rival.name,
         "shape": list(weight.shape),
@@ -134,7 +147,7 @@ def _describe(rival: Rival, layer: nn.Module, weight: Tensor, x: Tensor) -> dict
         "dtype": str(x.dtype).removeprefix("torch."),
         "path": rival.path(layer),
         "weight_bytes": rival.weight_bytes(layer),
-        "error": error.item(),
+        "error": None if error is None else error.item(),
     }
 
 
@@ -156,7 +169,7 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     for row in {row["rival"]: row for row in rows}.values():
         name = row["rival"]
         cells = [name + (f": {row['path']}" if row["path"] else ""), f"{row['weight_bytes'] / 1e6:.1f}"]
-        cells.append(f"{row['error']:.4f}")
+        cells.append("" if row["error"] is None else f"{row['error']:.4f}")
         for count in tokens:
             seconds, baseline = median[name, count], median.get((BASELINE, count))
             cells += [f"{seconds * 1e3:.3f}", "" if baseline is None else f"{baseline / seconds:.2f} x"]
@@ -165,14 +178,18 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def _arguments() -> argparse.Namespace:
-    names = ", ".join(rival.name for rival in RIVALS)
+    names = "; ".join(rival.name for rival in RIVALS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", type=_shapes, default=_shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
     parser.add_argument("--tokens", type=_tokens, default=_tokens(_TOKENS), help=f"M; by default {_TOKENS}")
-    parser.add_argument("--rivals", type=_rivals, default=list(RIVALS), help=f"by default all: {names}")
+    parser.add_argument(
+        "--rivals", type=_rivals, default=list(RIVALS), help=f"apart by semicolons; by default all: {names}"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of activations, where a rival has no own")
     parser.add_argument("--repeats", type=int, default=30, help="calls for each figure")
     parser.add_argument("--threads", type=int, help="by default as many as torch uses")
+    parser.add_argument("--isa", help="instruction set that lowbit_rs is held to")
+    parser.add_argument("--name", default="cpu_linear", help="of the file with the results")
     parser.add_argument("--quick", action="store_true", help="10 calls in one round, first shape only")
     arguments = parser.parse_args()
     arguments.dtype = _DTYPES[arguments.dtype]
@@ -192,7 +209,7 @@ def _tokens(text: str) -> list[int]:
 
 def _rivals(text: str) -> list[Rival]:
     known = {rival.name: rival for rival in RIVALS}
-    return [known[name.strip()] for name in text.split(",")]
+    return [known[name.strip()] for name in text.split(";")]
 
 
 if __name__ == "__main__":

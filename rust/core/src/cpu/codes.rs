@@ -74,13 +74,17 @@ macro_rules! with_codes {
 pub(crate) use with_codes;
 
 /// Bytes of the widest vector.
-pub(crate) const VECTOR_BYTES: usize = 64;
+const VECTOR_BYTES: usize = 64;
 
-/// A vector's worth of bytes from `bytes`, zeros behind its end: for the last vector of a row.
+/// A vector of words from `bytes`, zeros behind its end: for the last vector of a row.
 #[inline(always)]
-pub(crate) fn padded(bytes: &[u8]) -> [u8; VECTOR_BYTES] {
+pub(crate) fn load_words<S: Simd>(simd: S, bytes: &[u8]) -> S::Vector {
+    if bytes.len() >= 4 * S::LANES {
+        // SAFETY: as just checked.
+        return unsafe { simd.load(bytes.as_ptr().cast::<f32>()) };
+    }
     let mut buffer = [0; VECTOR_BYTES];
-    let count = bytes.len().min(VECTOR_BYTES);
-    buffer[..count].copy_from_slice(&bytes[..count]);
-    buffer
+    buffer[..bytes.len()].copy_from_slice(bytes);
+    // SAFETY: no vector is longer than the buffer.
+    unsafe { simd.load(buffer.as_ptr().cast::<f32>()) }
 }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::activations::{Activations, Lanes};
-use super::codes::{VECTOR_BYTES, padded};
+use super::codes::load_words;
 use super::dot::{Arithmetic, Dot, DotKernel, dispatch_dot};
 use super::isa::Isa;
 use super::linear::Finish;
@@ -215,14 +215,7 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         }
         if groups.end == self.groups {
             let last = &bytes[(self.groups - 1) * vector_bytes..];
-            let words = if last.len() >= vector_bytes {
-                // SAFETY: as just checked.
-                unsafe { self.simd.load(last.as_ptr().cast::<f32>()) }
-            } else {
-                let tail: [u8; VECTOR_BYTES] = padded(last);
-                // SAFETY: no vector is longer than the buffer.
-                unsafe { self.simd.load(tail.as_ptr().cast::<f32>()) }
-            };
+            let words = load_words(self.simd, last);
             self.add_group::<TOKENS>(words, self.groups - 1, scales, &self.scale_of_last_lane, &mut totals);
         }
         *sums = totals;

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::codes::{Codes, VECTOR_BYTES, padded, with_codes};
+use super::codes::{Codes, load_words, with_codes};
 use super::dequantize::{BlockScales, decode_row};
 use super::isa::{Isa, Kernel, dispatch};
 use super::linear::Finish;
@@ -271,14 +271,7 @@ impl Filler<'_> {
             for (lane, word) in words[..S::LANES].iter_mut().enumerate() {
                 let bytes = &self.weight.codes()[row(lane) * layout.row_bytes()..][..layout.row_bytes()];
                 let bytes = &bytes[layout.bytes_of(start)..];
-                *word = if bytes.len() >= 4 * S::LANES {
-                    // SAFETY: a whole vector lies within the row.
-                    unsafe { simd.load(bytes.as_ptr().cast::<f32>()) }
-                } else {
-                    let tail: [u8; VECTOR_BYTES] = padded(bytes);
-                    // SAFETY: no vector is longer than the buffer.
-                    unsafe { simd.load(tail.as_ptr().cast::<f32>()) }
-                };
+                *word = load_words(simd, bytes);
             }
             simd.transpose(&mut words[..S::LANES]);
             for (index, &words) in words[..S::LANES].iter().enumerate() {

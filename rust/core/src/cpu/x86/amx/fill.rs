@@ -16,12 +16,13 @@ use super::pack::{upper_halves, without_upper_half};
 use super::product::{CHUNK_STEPS, Numbers};
 use super::tiles::{Line, ROW_BYTES, ROWS};
 use crate::codebook::LEN;
-use crate::cpu::codes::{Codes, VECTOR_BYTES, padded, with_codes};
+use crate::cpu::codes::{Codes, load_words, with_codes};
 use crate::cpu::dequantize::{BlockScales, decode_row};
 use crate::cpu::panel::Direction;
 use crate::cpu::scales::{prefetch_scale, read_scales, read_shifts};
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
+use crate::format::Layout;
 use crate::storage::PackedWeight;
 
 /// In which order the terms of a sum follow each other in tiles.
@@ -31,6 +32,9 @@ pub(super) enum Order {
     Natural,
     /// In groups of 128, whose four tiles have every fourth term each: as 16-bit words of codes are decoded.
     Nibbles,
+    /// As 32-bit words of so many codes are decoded: a row of a tile has the first of two neighbours of sixteen words,
+    /// then the second.
+    Words(usize),
 }
 
 impl Order {
@@ -39,7 +43,15 @@ impl Order {
         match self {
             Self::Natural => 1,
             Self::Nibbles => 4,
+            Self::Words(per_word) => per_word / 2,
         }
+    }
+
+    /// For words: which term of a group each number of its tiles' rows is.
+    pub(super) fn terms_of_words(self) -> Option<Vec<usize>> {
+        let Self::Words(per_word) = self else { return None };
+        let term = |at: usize| per_word * (at % 16) + 2 * (at / 32) + at / 16 % 2;
+        Some((0..16 * per_word).map(term).collect())
     }
 }
 
@@ -50,6 +62,8 @@ pub(super) enum Method {
     Tables,
     /// 8-bit codes with one scale a row, which sums are multiplied with.
     RowCodes,
+    /// Codes of any blocks, a vector of words at a time.
+    Words,
     /// Any weights, row by row through fp32.
     Rows,
     /// For the gradient.
@@ -69,13 +83,23 @@ impl Method {
             Direction::Forward if layout.bits == 4 && !layout.straddles_rows && has_table_blocks(weight) => {
                 Self::Tables
             }
+            Direction::Forward if !layout.straddles_rows => Self::Words,
             Direction::Forward => Self::Rows,
         }
     }
 
-    pub(super) fn order(self) -> Order {
-        if self == Self::Tables { Order::Nibbles } else { Order::Natural }
+    pub(super) fn order(self, weight: &PackedWeight<'_>) -> Order {
+        match self {
+            Self::Tables => Order::Nibbles,
+            Self::Words => Order::Words(32 / weight.layout().bits),
+            _ => Order::Natural,
+        }
     }
+}
+
+/// log2 of the block size, or more than any column's where a row is one block.
+fn block_shift(layout: &Layout) -> u32 {
+    if layout.block_size >= layout.cols { usize::BITS - 1 } else { layout.block_size.trailing_zeros() }
 }
 
 fn has_table_blocks(weight: &PackedWeight<'_>) -> bool {
@@ -91,7 +115,7 @@ pub(super) struct Filler<'a> {
     /// The strip, and the tiles that it takes; the last ones may lie behind the last output.
     outputs: Range<usize>,
     tiles: usize,
-    /// `[outputs][blocks]`, of [`Method::Tables`].
+    /// `[outputs][blocks]` and a vector more, of [`Method::Tables`] and [`Method::Words`].
     scales: Vec<f32>,
     shifts: Vec<f32>,
     block_scales: BlockScales,
@@ -109,13 +133,16 @@ impl<'a> Filler<'a> {
         tiles: usize,
     ) -> Self {
         let layout = weight.layout();
-        let blocks = if method == Method::Tables { layout.blocks_per_row() } else { 0 };
-        let mut scales = vec![0.0; outputs.len() * blocks];
-        let mut shifts = vec![0.0; if weight.has_shift() { scales.len() } else { 0 }];
-        if method == Method::Tables {
-            read_scales(simd, weight, outputs.start * blocks, &mut scales);
+        let blocks = layout.blocks_per_row();
+        let (mut scales, mut shifts) = (Vec::new(), Vec::new());
+        if matches!(method, Method::Tables | Method::Words) {
+            // A whole vector is read from any block on.
+            let count = outputs.len() * blocks;
+            scales.resize(count + Avx512::LANES, 0.0);
+            read_scales(simd, weight, outputs.start * blocks, &mut scales[..count]);
             if weight.has_shift() {
-                read_shifts(simd, weight, outputs.start * blocks, &mut shifts);
+                shifts.resize(count + Avx512::LANES, 0.0);
+                read_shifts(simd, weight, outputs.start * blocks, &mut shifts[..count]);
             }
         }
         let rows = [Vec::new(), Vec::new()];
@@ -126,12 +153,15 @@ impl<'a> Filler<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     pub(super) fn fill(&mut self, simd: Avx512, terms: Range<usize>, panel: &mut [Line]) -> usize {
-        let group = self.method.order().steps_of_group();
+        let group = self.method.order(self.weight).steps_of_group();
         let step_terms = self.numbers.chunk_terms() / CHUNK_STEPS;
         let steps = terms.len().div_ceil(step_terms * group) * group;
         match self.method {
             Method::PairsOfRows => {
                 with_codes!(simd, self.weight, codes => self.fill_pairs(simd, codes, terms, steps, panel));
+            }
+            Method::Words => {
+                with_codes!(simd, self.weight, codes => self.fill_by_words(simd, codes, terms, steps, panel));
             }
             Method::Tables => match self.numbers.w_parts() {
                 1 => self.fill_by_tables::<1>(simd, terms, steps, panel),
@@ -153,7 +183,7 @@ impl<'a> Filler<'a> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_row(&mut self, simd: Avx512, row: usize, terms: Range<usize>, steps: usize, lines: Lines<'_>) {
         match (self.method, self.numbers) {
-            (Method::RowCodes, Numbers::Int8) => copy_codes(self.row_codes(row, terms), steps, lines),
+            (Method::RowCodes, Numbers::Int8) => copy_codes(simd, self.row_codes(row, terms), steps, lines),
             (Method::RowCodes, _) => widen_codes(self.row_codes(row, terms), steps, lines),
             _ => with_codes!(simd, self.weight, codes => self.fill_any(simd, codes, row, terms, steps, lines)),
         }
@@ -173,8 +203,7 @@ impl<'a> Filler<'a> {
         // SAFETY: a codebook is a vector.
         let codebook = unsafe { _mm512_loadu_ps(codebook.values().as_ptr()) };
         let (blocks, row_bytes) = (layout.blocks_per_row(), layout.row_bytes());
-        let block_shift =
-            if layout.block_size >= layout.cols { usize::BITS - 1 } else { layout.block_size.trailing_zeros() };
+        let block_shift = block_shift(layout);
         let groups = steps / Order::Nibbles.steps_of_group();
         // Chunks of rows are short pieces of memory, which the processor's own prefetchers do not follow. So the codes
         // of the strip that comes next are asked for, line by line, as those of this one are decoded.
@@ -204,7 +233,7 @@ impl<'a> Filler<'a> {
                 let tables = split(low, high, PARTS);
                 simd.prefetch(ahead);
                 ahead = ahead.wrapping_add(ROW_BYTES);
-                let words = load_padded(&codes[group * SMALLEST_TABLE_BLOCK..]);
+                let words = _mm512_castps_si512(load_words(simd, &codes[group * SMALLEST_TABLE_BLOCK..]));
                 let shifted = [
                     _mm512_srli_epi16::<4>(words),
                     words,
@@ -221,6 +250,49 @@ impl<'a> Filler<'a> {
                         }
                     }
                     line += ROWS;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn fill_by_words<C: Codes<Avx512>>(
+        &mut self,
+        simd: Avx512,
+        codes: C,
+        terms: Range<usize>,
+        steps: usize,
+        panel: &mut [Line],
+    ) {
+        let (layout, parts) = (self.weight.layout(), self.numbers.w_parts());
+        let (blocks, row_bytes, block_shift) = (layout.blocks_per_row(), layout.row_bytes(), block_shift(layout));
+        let group_terms = C::PER_WORD * Avx512::LANES;
+        let scale_of_lane = |last: usize| simd.index(|lane| ((lane * C::PER_WORD) >> block_shift).min(last));
+        let whole = scale_of_lane(usize::MAX);
+        for index in 0..self.tiles * ROWS {
+            let row = index.min(self.outputs.len() - 1);
+            let bytes = &self.weight.codes()[(self.outputs.start + row) * row_bytes..];
+            for group in 0..steps * 2 / C::PER_WORD {
+                let col = terms.start + group * group_terms;
+                let block = (col >> block_shift).min(blocks - 1);
+                // Columns behind the last are multiplied with zeros, by weights of the row's last block.
+                let lanes = if col + group_terms <= layout.cols { whole } else { scale_of_lane(blocks - 1 - block) };
+                // SAFETY: a vector lies behind every block's scale and shift, and this is compiled for the
+                // instructions of its callers.
+                let load =
+                    |values: &[f32]| unsafe { simd.permute(simd.load(values[row * blocks + block..].as_ptr()), lanes) };
+                let scale = load(&self.scales);
+                let shift = if self.shifts.is_empty() { simd.splat(0.0) } else { load(&self.shifts) };
+                let words = load_words(simd, bytes.get(layout.bytes_of(col)..).unwrap_or_default());
+                for step in 0..C::PER_WORD / 2 {
+                    let pair = [0, 1].map(|i| simd.fma(codes.decode(simd, words, 2 * step + i), scale, shift));
+                    let mut lines = Lines { panel, tiles: self.tiles, tile: index / ROWS, row: index % ROWS };
+                    // SAFETY: as above.
+                    let split = unsafe { split(pair[0], pair[1], parts) };
+                    for (part, w) in split.into_iter().take(parts).enumerate() {
+                        // SAFETY: as above.
+                        unsafe { lines.store(part, group * C::PER_WORD / 2 + step, w) };
+                    }
                 }
             }
         }
@@ -322,19 +394,6 @@ fn split(low: __m512, high: __m512, parts: usize) -> [__m512i; 3] {
     out
 }
 
-/// A vector of bytes, zeros behind the last.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_padded(bytes: &[u8]) -> __m512i {
-    if bytes.len() >= VECTOR_BYTES {
-        // SAFETY: as just checked.
-        unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
-    } else {
-        // SAFETY: the buffer is a vector.
-        unsafe { _mm512_loadu_si512(padded(bytes).as_ptr().cast()) }
-    }
-}
-
 /// The low four bits of every word, and the half of the vector that it lies in as the fifth.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -375,11 +434,10 @@ fn interleave_halves(v: __m512i) -> __m512i {
 /// Signed bytes as they are, zeros behind the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn copy_codes(codes: &[u8], steps: usize, mut lines: Lines<'_>) {
+fn copy_codes(simd: Avx512, codes: &[u8], steps: usize, mut lines: Lines<'_>) {
     for step in 0..steps {
         let bytes = codes.get(step * ROW_BYTES..).unwrap_or_default();
-        // SAFETY: the buffer is a vector.
-        lines.store(0, step, unsafe { _mm512_loadu_si512(padded(bytes).as_ptr().cast()) });
+        lines.store(0, step, _mm512_castps_si512(load_words(simd, bytes)));
     }
 }
 
@@ -388,10 +446,17 @@ fn copy_codes(codes: &[u8], steps: usize, mut lines: Lines<'_>) {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn widen_codes(codes: &[u8], steps: usize, mut lines: Lines<'_>) {
     for step in 0..steps {
-        let bytes: [u8; VECTOR_BYTES] = padded(codes.get(step * 32..).unwrap_or_default());
-        // SAFETY: 16 bytes are read at the start and the middle of a longer buffer.
+        let bytes = codes.get(step * 32..).unwrap_or_default();
+        let mut buffer = [0; 32];
+        let bytes = if bytes.len() >= 32 {
+            bytes
+        } else {
+            buffer[..bytes.len()].copy_from_slice(bytes);
+            &buffer
+        };
+        // SAFETY: there are twice 16 bytes.
         let floats = unsafe {
-            [0, 16].map(|at| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().add(at).cast()))))
+            [0, 16].map(|at| _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes[at..].as_ptr().cast()))))
         };
         lines.store(0, step, split(floats[0], floats[1], 1)[0]);
     }

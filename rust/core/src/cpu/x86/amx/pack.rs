@@ -102,14 +102,21 @@ fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chu
     let first = chunk * chunk_terms;
     let count = chunk_terms.min(terms - first);
     let (parts, token_tiles) = (form.numbers.x_parts(), x.tokens.div_ceil(ROWS));
-    let mut row = vec![0.0; chunk_terms];
+    let places = form.order.terms_of_words();
+    let (mut row, mut permuted) = (vec![0.0; chunk_terms], vec![0.0; chunk_terms]);
     let mut tiles = vec![[simd.splat(0.0); ROWS]; parts * CHUNK_STEPS];
     for token_tile in 0..token_tiles {
         for (lane, token) in (token_tile * ROWS..).take(ROWS).enumerate() {
             if token < x.tokens {
                 x.read(simd, token, first, &mut row[..count]);
+                row[count..].fill(0.0);
             } else {
                 row.fill(0.0);
+            }
+            if let Some(places) = &places {
+                let groups = row.chunks_exact(places.len()).zip(permuted.chunks_exact_mut(places.len()));
+                groups.for_each(|(from, to)| to.iter_mut().zip(places).for_each(|(to, &place)| *to = from[place]));
+                std::mem::swap(&mut row, &mut permuted);
             }
             match form.numbers {
                 Numbers::Int8 => to_int8(simd, &row, scales.get(token).copied().unwrap_or(0.0), lane, &mut tiles),
@@ -151,7 +158,7 @@ fn to_int8(simd: Avx512, row: &[f32], scale: f32, lane: usize, tiles: &mut [[__m
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 fn to_bf16(row: &[f32], order: Order, lane: usize, tiles: &mut [[__m512; ROWS]]) {
-    let group = order.steps_of_group();
+    let group = if order == Order::Nibbles { order.steps_of_group() } else { 1 };
     let parts = tiles.len() / CHUNK_STEPS;
     for (at, x) in row.chunks_exact(32 * group).enumerate() {
         let mut numbers = [[_mm512_set1_ps(0.0); 2]; 4];

@@ -120,7 +120,7 @@ impl<'a> Product<'a> {
     ) -> Option<Self> {
         assert!(super::is_available());
         let method = Method::choose(weight, direction, numbers);
-        let form = Form { numbers, order: method.order(), is_right: direction == Direction::Forward };
+        let form = Form { numbers, order: method.order(weight), is_right: direction == Direction::Forward };
         let (_, terms) = direction.outputs_and_terms(weight);
         let packed = Packed::new(x, terms, form, threads)?;
         Some(Self { weight, direction, numbers, method, x: packed, tokens: x.tokens })
