@@ -121,7 +121,7 @@ def stored_by_llama(layer: Any) -> int:
     return int(layer.codes.nbytes)
 
 
-_BOF4_S_16 = {"block_size": 16, "double_quant": True, "signed_absmax": True}
+_BOF4_S_16: dict[str, Any] = {"block_size": 16, "double_quant": True, "signed_absmax": True}
 
 RIVALS = (
     Rival("torch fp32", dense, dtype=torch.float32),
