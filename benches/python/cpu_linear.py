@@ -55,13 +55,13 @@ def main() -> None:
         _native.force_isa(arguments.isa)
     threads, isa = torch.get_num_threads(), _native.isa()
     console.print(f"{threads} threads, {isa}, {bandwidth / 1e9:.1f} GB/s read from memory")
+    more = {"read_bandwidth_bytes_per_second": bandwidth, "threads": threads, "isa": isa}
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         measured = measure_shape(shape, arguments, console)
         rows += measured
         console.print(_table(measured, f"{shape[0]} x {shape[1]}: milliseconds, and times as fast as {BASELINE}"))
-    more = {"read_bandwidth_bytes_per_second": bandwidth, "threads": threads, "isa": isa}
-    console.print(f"wrote {save(arguments.name, rows, **more)}")
+        console.print(f"wrote {save(arguments.name, rows, **more)}")
 
 
 @torch.inference_mode()
