@@ -133,11 +133,14 @@ impl DecodeRows<'_> {
             }
             let mut sums = [[simd.splat(0.0); TOKENS]; ROWS];
             for groups in parallel::ranges(row_dot.groups, groups_at_once) {
+                // Where a row is worked on in pieces, what comes next is the same piece of the rows below.
+                let piece = groups.len() * 4 * S::LANES;
+                let far = if groups.len() == row_dot.groups { FAR } else { FAR.div_ceil(piece) * row_bytes };
                 for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
                     // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
                     let bytes = &weight.codes()[(first + row) * row_bytes..];
                     prefetch_scales(simd, weight, (first + ROWS + row) * blocks, &groups, D::GROUP);
-                    row_dot.add(bytes, &scales[row * blocks..], groups.clone(), sums);
+                    row_dot.add((bytes, far), &scales[row * blocks..], groups.clone(), sums);
                 }
             }
             for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
@@ -194,11 +197,12 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         }
     }
 
-    /// Adds the products of a row's `groups` to the partial sums of each token. `bytes` and `scales` go from the row on.
+    /// Adds the products of a row's `groups` to the partial sums of each token. `bytes` and `scales` go from the row on;
+    /// `far` bytes ahead is what memory is asked for.
     #[inline(always)]
     fn add<const TOKENS: usize>(
         &self,
-        bytes: &[u8],
+        (bytes, far): (&[u8], usize),
         scales: &[f32],
         groups: Range<usize>,
         sums: &mut [S::Vector; TOKENS],
@@ -207,7 +211,7 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         let mut totals = *sums;
         for at in groups.start..groups.end.min(self.groups - 1) {
             let from = bytes.as_ptr().wrapping_add(at * vector_bytes);
-            self.simd.prefetch(from.wrapping_add(FAR));
+            self.simd.prefetch(from.wrapping_add(far));
             self.simd.prefetch_near(from.wrapping_add(NEAR));
             // SAFETY: every vector but the last lies within the row.
             let words = unsafe { self.simd.load(from.cast::<f32>()) };
