@@ -1,0 +1,411 @@
+// Floating-point weights to codes, with the arithmetic of rust/core/src/reference.rs to the last bit.
+#include "lowbit/weight.cuh"
+
+extern "C" __device__ float lowbit_dynamic_map[256] = {};
+
+namespace lowbit {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kVector = 8;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kInfinityBits = 0x7f800000;
+constexpr int kBins = 64;
+
+// A strided tensor [experts, rows, cols], strides in elements. Mirrored in rust/core/src/cuda/quantize.rs, as is Rule.
+struct Source {
+  const void* base;
+  int64_t shape[3];
+  int64_t strides[3];
+};
+
+// How normalized weights become codes. A number's rank among the sorted values is counted in two steps: its bin, out of
+// kBins equal ones from -limit to limit, tells how many thresholds lie in the bins below, and `steps` comparisons settle
+// those in the bin itself.
+struct Rule {
+  float limit;
+  float bin_scale;
+  float bin_offset;
+  int32_t steps;
+  int32_t is_sorted;      // codes are ranks
+  int32_t zero_code;
+  int32_t signed_absmax;
+  int32_t has_shift;
+  float thresholds[kCodebookLength];
+  uint8_t order[kCodebookLength];
+  uint8_t ranks[kBins];
+};
+
+// Where codes go. `status` holds the lowest index of a weight that is NaN or infinite, and the lowest index of a block
+// whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index.
+struct Target {
+  uint8_t* codes;
+  void* scales;
+  void* shifts;
+  unsigned long long* status;
+  int64_t block_size;
+  int64_t blocks_per_row;
+  int64_t row_codes;
+  int64_t block_count;
+  int32_t straddles_rows;
+  int32_t bits;
+  Dtype scale_dtype;      // of the buffer that scales are written to
+  Dtype shift_dtype;
+};
+
+struct Tables {
+  float thresholds[kCodebookLength];
+  int ranks[kBins];
+  int order[kCodebookLength];
+};
+
+__device__ __forceinline__ void load_tables(const Rule& rule, Tables& tables) {
+  const int i = threadIdx.x;
+  if (i < kBins) tables.ranks[i] = rule.ranks[i];
+  if (i < kCodebookLength) {
+    tables.thresholds[i] = rule.thresholds[i];
+    tables.order[i] = rule.order[i];
+  }
+  __syncthreads();
+}
+
+// Flips the lower bits of negative numbers, so that bit patterns order as signed integers; its own inverse.
+__device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+// The largest magnitude and the ends of a range of weights, as integers that order as the numbers do.
+struct Extremes {
+  int magnitude = 0;  // beyond kInfinityBits for NaN
+  int low = 0x7fffffff;
+  int high = static_cast<int>(0x80000000u);
+
+  __device__ __forceinline__ void add(float w) {
+    const int bits = __float_as_int(w);
+    magnitude = max(magnitude, bits & 0x7fffffff);
+    low = min(low, ordered(bits));
+    high = max(high, ordered(bits));
+  }
+  // Joins the extremes of `lanes` neighbours, a power of two.
+  __device__ __forceinline__ void join(int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      magnitude = max(magnitude, __shfl_xor_sync(kAllLanes, magnitude, step));
+      low = min(low, __shfl_xor_sync(kAllLanes, low, step));
+      high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+    }
+  }
+  __device__ __forceinline__ bool is_finite() const { return magnitude < kInfinityBits; }
+};
+
+// How the weights of one block are normalized: u = (w - shift) * limit / extent.
+struct Block {
+  float extent;
+  float shift;
+  float inverse;
+
+  __device__ __forceinline__ Block(const Rule& rule, const Extremes& range, bool is_negative, float stored_shift) {
+    shift = stored_shift;
+    if (rule.has_shift) {
+      // The largest distance is that of the largest weight: rounding keeps order.
+      extent = fmaxf(__int_as_float(ordered(range.high)) - shift, 0.0f);
+    } else {
+      extent = __int_as_float(range.magnitude);
+      if (is_negative) extent = -extent;
+    }
+    inverse = rule.limit / extent;
+  }
+  __device__ __forceinline__ float normalized(const Rule& rule, float w) const {
+    if (inverse != 0.0f && fabsf(inverse) < INFINITY) return __fmul_rn(w - shift, inverse);
+    // An extent whose inverse is beyond fp32.
+    const double wide = static_cast<double>(rule.limit) / static_cast<double>(extent);
+    return static_cast<float>((static_cast<double>(w) - static_cast<double>(shift)) * wide);
+  }
+};
+
+template <int kBits>
+__device__ __forceinline__ int code_of(const Rule& rule, const Tables& tables, float u) {
+  if constexpr (kBits == 8) return __float2int_rn(u) & 255;
+  const int bin = min(max(__float2int_rd(__fmaf_rn(u, rule.bin_scale, rule.bin_offset)), 0), kBins - 1);
+  int rank = tables.ranks[bin];
+  for (int step = 0; step < rule.steps; ++step) rank += u > tables.thresholds[rank] ? 1 : 0;
+  return rule.is_sorted ? rank : tables.order[rank];
+}
+
+// What is stored for a block, and how its weights are then encoded.
+struct Outcome {
+  Block block;
+  bool is_constant;  // every code is that of zero
+};
+
+// `first` is the index of the block's first weight; one lane a block has `writes`.
+__device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& out, const Extremes& range,
+                                                bool is_negative, int64_t index, int64_t first, bool writes) {
+  const bool is_finite = range.is_finite();
+  const float low = is_finite ? __int_as_float(ordered(range.low)) : NAN;
+  const float shift = rule.has_shift ? rounded(out.shift_dtype, low) : 0.0f;
+  const Block block(rule, range, is_negative, shift);
+  if (writes) {
+    const float scale = is_finite ? block.extent / rule.limit : NAN;
+    const float stored = store(out.scales, out.scale_dtype, index, scale);
+    if (rule.has_shift) store(out.shifts, out.shift_dtype, index, shift);
+    if (is_finite && !(fabsf(stored) < INFINITY && fabsf(shift) < INFINITY)) {
+      atomicMin(out.status + 1, static_cast<unsigned long long>(first));
+    }
+  }
+  return {block, !is_finite || block.extent == 0.0f};
+}
+
+// Eight codes as they are stored.
+template <int kBits>
+__device__ __forceinline__ void store_codes(const Target& out, int64_t index, const int (&codes)[kVector]) {
+  if constexpr (kBits == 8) {
+    uint2 words = make_uint2(0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words.x |= static_cast<uint32_t>(codes[i]) << (8 * i);
+      words.y |= static_cast<uint32_t>(codes[i + 4]) << (8 * i);
+    }
+    *reinterpret_cast<uint2*>(out.codes + index) = words;
+  } else {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) word |= static_cast<uint32_t>(codes[i]) << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
+    *reinterpret_cast<uint32_t*>(out.codes + index / 2) = word;
+  }
+}
+
+// Whether the first of the weights with the largest magnitude, among those of `lanes` neighbours, is negative.
+__device__ __forceinline__ bool first_extreme_is_negative(const float (&weights)[kVector], int magnitude, int lanes) {
+  int sign = -1;
+#pragma unroll
+  for (int i = kVector - 1; i >= 0; --i) {
+    const int bits = __float_as_int(weights[i]);
+    if ((bits & 0x7fffffff) == magnitude) sign = bits < 0;
+  }
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t group = (lanes == kWarp ? kAllLanes : ((1u << lanes) - 1)) << (lane / lanes * lanes);
+  const uint32_t holders = __ballot_sync(kAllLanes, sign >= 0) & group;
+  return __shfl_sync(kAllLanes, sign, max(__ffs(holders) - 1, 0)) > 0;
+}
+
+// Blocks of 16 to 256 weights, all of them whole, in a tensor without gaps: a block is up to 32 neighbours' vectors.
+template <typename T, int kBits>
+__device__ void quantize_vectors(const Source& source, const Rule& rule, const Target& out) {
+  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kPart = 16 / sizeof(T);
+  __shared__ Tables tables;
+  load_tables(rule, tables);
+  const int lanes = static_cast<int>(out.block_size) / kVector;
+  const int64_t count = out.block_count * out.block_size;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x) * kVector;
+  Vector<T, kPart> loaded[kUnroll][kVector / kPart];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t at = first + u * kThreads * kVector;
+#pragma unroll
+    for (int part = 0; part < kVector / kPart; ++part) {
+      loaded[u][part] = {};
+      if (at < count) {
+        const T* from = static_cast<const T*>(source.base) + at + part * kPart;
+        loaded[u][part] = *reinterpret_cast<const Vector<T, kPart>*>(from);
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int64_t at = first + u * kThreads * kVector;
+    float weights[kVector];
+    Extremes range;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      weights[i] = to_float(loaded[u][i / kPart].values[i % kPart]);
+      range.add(weights[i]);
+    }
+    range.join(lanes);
+    const bool is_negative = rule.signed_absmax && first_extreme_is_negative(weights, range.magnitude, lanes);
+    if (at >= count) continue;
+    const int64_t index = at >> (31 - __clz(static_cast<int>(out.block_size)));
+    const bool writes = threadIdx.x % lanes == 0;
+    const Outcome outcome = finish_block(rule, out, range, is_negative, index, at, writes);
+    if (!range.is_finite()) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (!(fabsf(weights[i]) < INFINITY)) atomicMin(out.status, static_cast<unsigned long long>(at + i));
+      }
+    }
+    int codes[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      codes[i] = outcome.is_constant ? rule.zero_code
+                                     : code_of<kBits>(rule, tables, outcome.block.normalized(rule, weights[i]));
+    }
+    store_codes<kBits>(out, at, codes);
+  }
+}
+
+// The weights of one block of any tensor.
+template <typename T>
+struct BlockSource {
+  const Source& source;
+  int64_t row;
+  int64_t col;
+  int64_t length;
+
+  __device__ __forceinline__ BlockSource(const Source& from, const Target& out, int64_t index) : source(from) {
+    const int64_t rows = from.shape[0] * from.shape[1], cols = from.shape[2];
+    row = out.straddles_rows ? 0 : index / out.blocks_per_row;
+    col = (out.straddles_rows ? index : index - row * out.blocks_per_row) * out.block_size;
+    length = min(out.block_size, (out.straddles_rows ? rows * cols : cols) - col);
+  }
+  // Where the block's weight i stands in the tensor, counted in row-major order.
+  __device__ __forceinline__ int64_t position(int64_t i) const { return row * source.shape[2] + col + i; }
+  __device__ __forceinline__ float read(int64_t i) const {
+    const int64_t at = position(i), cols = source.shape[2];
+    const int64_t in_row = at / cols, expert = in_row / source.shape[1];
+    const int64_t offset = expert * source.strides[0] + (in_row - expert * source.shape[1]) * source.strides[1] +
+                           (at - in_row * cols) * source.strides[2];
+    return to_float(static_cast<const T*>(source.base)[offset]);
+  }
+};
+
+// A warp a block, whatever its size and the tensor's strides.
+template <typename T, int kBits>
+__device__ void quantize_blocks(const Source& source, const Rule& rule, const Target& out) {
+  __shared__ Tables tables;
+  load_tables(rule, tables);
+  const int lane = threadIdx.x % kWarp;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+       index < out.block_count; index += step) {
+    const BlockSource<T> block(source, out, index);
+    Extremes range;
+    for (int64_t i = lane; i < block.length; i += kWarp) {
+      const float w = block.read(i);
+      range.add(w);
+      if (!(fabsf(w) < INFINITY)) atomicMin(out.status, static_cast<unsigned long long>(block.position(i)));
+    }
+    range.join(kWarp);
+    bool is_negative = false;
+    for (int64_t i = lane; rule.signed_absmax && i - lane < block.length; i += kWarp) {
+      const int bits = i < block.length ? __float_as_int(block.read(i)) : 0;
+      const bool holds = i < block.length && (bits & 0x7fffffff) == range.magnitude;
+      const uint32_t holders = __ballot_sync(kAllLanes, holds);
+      if (holders != 0) {
+        is_negative = __shfl_sync(kAllLanes, bits, __ffs(holders) - 1) < 0;
+        break;
+      }
+    }
+    const Outcome outcome = finish_block(rule, out, range, is_negative, index, block.position(0), lane == 0);
+    const auto encoded = [&](int64_t i) {
+      if (outcome.is_constant || i >= block.length) return static_cast<int>(rule.zero_code);
+      return code_of<kBits>(rule, tables, outcome.block.normalized(rule, block.read(i)));
+    };
+    // A block starts with a byte: its size is even, and so is the row's number of codes.
+    const int64_t code = block.row * out.row_codes + block.col;
+    if constexpr (kBits == 8) {
+      for (int64_t i = lane; i < block.length; i += kWarp) out.codes[code + i] = static_cast<uint8_t>(encoded(i));
+    } else {
+      for (int64_t i = 2 * lane; i < block.length; i += 2 * kWarp) {
+        out.codes[(code + i) / 2] = static_cast<uint8_t>(encoded(i) << 4 | encoded(i + 1));
+      }
+    }
+  }
+}
+
+// Sum of `value` over the CTA, in an order that does not change; every thread gets it.
+__device__ __forceinline__ double sum_over_cta(double value, double (&scratch)[kThreads]) {
+  __syncthreads();
+  scratch[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    __syncthreads();
+  }
+  return scratch[0];
+}
+
+// Sums and counts of the finite scales that fall to each CTA, into sums[2 * blockIdx.x].
+__device__ void sum_scales(const float* scales, int64_t count, double* sums) {
+  __shared__ double scratch[kThreads];
+  double sum = 0.0, finite = 0.0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
+    if (fabsf(scales[i]) < INFINITY) {
+      sum += scales[i];
+      finite += 1.0;
+    }
+  }
+  sum = sum_over_cta(sum, scratch);
+  finite = sum_over_cta(finite, scratch);
+  if (threadIdx.x == 0) {
+    sums[2 * blockIdx.x] = sum;
+    sums[2 * blockIdx.x + 1] = finite;
+  }
+}
+
+// The code of the dynamic map's value nearest to u; a tie goes to the even code. NaN takes the lowest.
+__device__ __forceinline__ int nearest(const double* midpoints, double u) {
+  int below = 0;
+  for (int step = 128; step > 0; step /= 2) {
+    const int probe = below + step;
+    if (probe <= 255 && midpoints[probe - 1] < u) below = probe;
+  }
+  const bool is_tie = below < 255 && midpoints[below] == u;
+  return is_tie && below % 2 == 1 ? below + 1 : below;
+}
+
+// A CTA for each 256 scales: codes, the second-level scale, and once for all the offset.
+__device__ void quantize_scales(const float* scales, int64_t count, const double* sums, int32_t sum_count,
+                                uint8_t* codes, float* scale_2, float* scale_offset) {
+  static_assert(kThreads == kScalesPerScale2, "a thread has one scale");
+  __shared__ double scratch[kThreads];
+  __shared__ double midpoints[kScalesPerScale2];
+  const int thread = threadIdx.x;
+  if (thread < 255) {
+    midpoints[thread] = 0.5 * (static_cast<double>(lowbit_dynamic_map[thread]) + lowbit_dynamic_map[thread + 1]);
+  }
+  const double sum = sum_over_cta(thread < sum_count ? sums[2 * thread] : 0.0, scratch);
+  const double finite = sum_over_cta(thread < sum_count ? sums[2 * thread + 1] : 0.0, scratch);
+  const float offset = static_cast<float>(sum / fmax(finite, 1.0));
+  if (blockIdx.x == 0 && thread == 0) *scale_offset = offset;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kScalesPerScale2 + thread;
+  const float scale = index < count ? scales[index] : offset;
+  const bool all_finite = __syncthreads_and(fabsf(scale) < INFINITY);
+  float absmax = fabsf(scale - offset);
+  for (int step = kWarp / 2; step > 0; step /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, step));
+  __shared__ float of_warps[kThreads / kWarp];
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = absmax;
+  __syncthreads();
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) absmax = fmaxf(absmax, of_warps[warp]);
+  if (!all_finite) absmax = NAN;
+  const float inverse = 1.0f / absmax;
+  const float factor = fabsf(inverse) < INFINITY ? inverse : 0.0f;
+  if (index < count) codes[index] = static_cast<uint8_t>(nearest(midpoints, __fmul_rn(scale - offset, factor)));
+  if (thread == 0 && index < count) scale_2[blockIdx.x] = absmax;
+}
+
+}  // namespace lowbit
+
+#define ENTRIES(name, T)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                    \
+      quantize_vectors_##name(const __grid_constant__ lowbit::Source source,                                        \
+                              const __grid_constant__ lowbit::Rule rule, const __grid_constant__ lowbit::Target out) { \
+    if (out.bits == 8) lowbit::quantize_vectors<T, 8>(source, rule, out);                                           \
+    else lowbit::quantize_vectors<T, 4>(source, rule, out);                                                         \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                    \
+      quantize_blocks_##name(const __grid_constant__ lowbit::Source source,                                         \
+                             const __grid_constant__ lowbit::Rule rule, const __grid_constant__ lowbit::Target out) { \
+    if (out.bits == 8) lowbit::quantize_blocks<T, 8>(source, rule, out);                                            \
+    else lowbit::quantize_blocks<T, 4>(source, rule, out);                                                          \
+  }
+LOWBIT_FOR_EACH_DTYPE(ENTRIES)
+
+extern "C" __global__ void __launch_bounds__(lowbit::kThreads)
+    sum_scales(const float* scales, int64_t count, double* sums) {
+  lowbit::sum_scales(scales, count, sums);
+}
+
+extern "C" __global__ void __launch_bounds__(lowbit::kThreads)
+    quantize_scales(const float* scales, int64_t count, const double* sums, int32_t sum_count, uint8_t* codes,
+                    float* scale_2, float* scale_offset) {
+  lowbit::quantize_scales(scales, count, sums, sum_count, codes, scale_2, scale_offset);
+}
