@@ -20,6 +20,7 @@ struct Operands {
   int64_t x_stride;  // elements from one token of x to the next
   Dtype bias_dtype;
 };
+static_assert(sizeof(Operands) == 48, "as rust/core/src/cuda/linear.rs has it");
 
 // A lane works on units of 16 weights, which never straddle a block of a row-aligned weight.
 constexpr int kUnit = 16;

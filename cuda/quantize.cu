@@ -35,6 +35,7 @@ struct Rule {
   uint8_t order[kCodebookLength];
   uint8_t ranks[kBins];
 };
+static_assert(sizeof(Source) == 56 && sizeof(Rule) == 176, "as rust/core/src/cuda/quantize.rs has them");
 
 // Where codes go. `status` holds the lowest index of a weight that is NaN or infinite, and the lowest index of a block
 // whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index.
@@ -52,6 +53,7 @@ struct Target {
   Dtype scale_dtype;      // of the buffer that scales are written to
   Dtype shift_dtype;
 };
+static_assert(sizeof(Target) == 80, "as rust/core/src/cuda/quantize.rs has it");
 
 struct Tables {
   float thresholds[kCodebookLength];

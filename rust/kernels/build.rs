@@ -40,7 +40,8 @@ fn run() -> Result<(), String> {
         let archs = env::var("LOWBIT_CUDA_ARCHS").unwrap_or_default();
         let archs: Vec<&str> = archs.split_whitespace().collect();
         let images = compile_all(&nvcc, &root, &out, &operations, &archs)?;
-        for (operation, image) in operations.iter().zip(images) {
+        for (operation, image) in operations.iter().zip(&images) {
+            let image = image.display().to_string();
             let Operation { name, targets, entries } = operation;
             writeln!(
                 table,
@@ -117,14 +118,17 @@ fn compile_all(
     operations: &[Operation],
     archs: &[&str],
 ) -> Result<Vec<PathBuf>, String> {
-    let images: Vec<PathBuf> = operations.iter().map(|operation| out.join(format!("{}.fatbin", operation.name))).collect();
+    let images: Vec<PathBuf> =
+        operations.iter().map(|operation| out.join(format!("{}.fatbin", operation.name))).collect();
     let jobs: usize = variable("NUM_JOBS").parse().unwrap_or(1);
     let mut failures = Vec::new();
     let work: Vec<_> = operations.iter().zip(&images).collect();
     for batch in work.chunks(jobs.max(1)) {
         let results = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                batch.iter().map(|(operation, image)| scope.spawn(|| compile(nvcc, root, operation, archs, image))).collect();
+            let threads: Vec<_> = batch
+                .iter()
+                .map(|(operation, image)| scope.spawn(|| compile(nvcc, root, operation, archs, image)))
+                .collect();
             threads.into_iter().map(|thread| thread.join().expect("compile does not panic")).collect::<Vec<_>>()
         });
         failures.extend(results.into_iter().filter_map(Result::err));

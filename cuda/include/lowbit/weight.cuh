@@ -32,6 +32,7 @@ struct Weight {
   int32_t codebook_length;
   float table[kCodebookLength];
 };
+static_assert(sizeof(Weight) == 176, "as KernelWeight has it");
 
 // Copies the codebook into shared memory; codes that it lacks read as 0. Ends with a barrier.
 __device__ __forceinline__ void load_codebook(const Weight& w, float (&table)[kCodebookLength]) {

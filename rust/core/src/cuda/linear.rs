@@ -1,0 +1,129 @@
+//! `y = x @ W^T + bias` and its gradient to `x`, for few tokens. With many, unpacking parts of the weight and multiplying
+//! with a library is faster: the caller does that.
+
+use super::Queue;
+use super::launch::{Argument, Arguments, Pointer, launch};
+use super::plan::{Operation, Problem, plan};
+use super::weight::{DeviceFloats, DeviceWeight, number};
+use crate::{Error, Result};
+
+/// The most tokens that kernels multiply without unpacking the weight.
+pub const MAX_TOKENS: usize = 16;
+
+/// Rows of activations or gradients: `tokens` rows of a known width, `stride` elements apart.
+#[derive(Debug, Clone, Copy)]
+pub struct DeviceActivations {
+    /// The elements, from the first of the first row to the last of the last.
+    pub values: DeviceFloats,
+    /// Number of rows.
+    pub tokens: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// As the kernels get them.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Operands {
+    x: Pointer,
+    bias: Pointer,
+    out: Pointer,
+    tokens: i64,
+    x_stride: i64,
+    bias_dtype: i32,
+}
+
+const _: () = assert!(size_of::<Operands>() == 48, "as cuda/linear.cu has it");
+
+// SAFETY: `repr(C)`, the fields of `Operands` in `cuda/linear.cu`.
+unsafe impl Argument for Operands {}
+
+/// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
+/// `[tokens, rows]`, which is that of `x`. At most [`MAX_TOKENS`] tokens.
+///
+/// # Safety
+/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` meanwhile.
+pub unsafe fn linear(
+    queue: Queue,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+) -> Result<()> {
+    let rows = weight.layout().rows;
+    if let Some(bias) = bias.filter(|bias| bias.buffer.len != rows) {
+        return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{rows} elements")));
+    }
+    // SAFETY: handed on to the caller.
+    unsafe { multiply(queue, Operation::Linear, weight, x, bias, out) }
+}
+
+/// `out[m, k] = sum_n grad[m, n] * w[n, k]`, summed in fp32 and rounded once to the dtype of `out`, `[tokens, cols]`, which
+/// is that of `grad`. At most [`MAX_TOKENS`] tokens.
+///
+/// # Safety
+/// As for [`linear()`].
+pub unsafe fn linear_grad_input(
+    queue: Queue,
+    weight: &DeviceWeight,
+    grad: DeviceActivations,
+    out: DeviceFloats,
+) -> Result<()> {
+    // SAFETY: handed on to the caller.
+    unsafe { multiply(queue, Operation::LinearGradInput, weight, grad, None, out) }
+}
+
+unsafe fn multiply(
+    queue: Queue,
+    operation: Operation,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+) -> Result<()> {
+    let layout = weight.layout();
+    let (argument, terms, outputs) = match operation {
+        Operation::LinearGradInput => ("grad", layout.rows, layout.cols),
+        _ => ("x", layout.cols, layout.rows),
+    };
+    check(argument, &x, terms, outputs, out)?;
+    if x.tokens == 0 || outputs == 0 {
+        return Ok(());
+    }
+    let problem = Problem {
+        operation,
+        dtype: out.dtype,
+        spec: *weight.spec(),
+        layout: *layout,
+        count: x.tokens,
+        is_vectorized: false,
+    };
+    let plan = plan(&problem, queue.device.capability())?;
+    let operands = Operands {
+        x: Pointer(x.values.buffer.address),
+        bias: Pointer(bias.map_or(0, |bias| bias.buffer.address)),
+        out: Pointer(out.buffer.address),
+        tokens: x.tokens as i64,
+        x_stride: x.stride as i64,
+        bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
+    };
+    let arguments = Arguments::new().with(weight.kernel()).with(&operands);
+    // SAFETY: the parameters of every kernel of `cuda/linear.cu`; lengths were checked, the rest is the caller's.
+    unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
+}
+
+fn check(argument: &'static str, x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
+    if x.tokens > MAX_TOKENS {
+        return Err(Error::invalid(argument, format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+    }
+    let needed = if x.tokens == 0 || terms == 0 { 0 } else { (x.tokens - 1) * x.stride + terms };
+    if x.values.buffer.len < needed {
+        let got = format!("{} elements", x.values.buffer.len);
+        return Err(Error::invalid(argument, got, format!("{} rows of {terms}", x.tokens)));
+    }
+    if out.buffer.len != x.tokens * outputs || out.dtype != x.values.dtype {
+        let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
+        return Err(Error::invalid("out", got, format!("{} rows of {outputs} in {}", x.tokens, x.values.dtype.name())));
+    }
+    Ok(())
+}
