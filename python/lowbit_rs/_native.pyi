@@ -139,6 +139,7 @@ def linear(
 def linear_grad_input(
     weight: WeightView, grad: _Floats, tokens: int, grad_row_stride: int, out: _Floats, threads: int
 ) -> None: ...
+
 CUDA_MAX_TOKENS: int
 """The most tokens that cuda_linear and cuda_linear_grad_input take."""
 
