@@ -121,8 +121,8 @@ def test_python_imports_go_one_way(path: Path) -> None:
 
 def test_python_backends_do_not_see_each_other() -> None:
     backends = PACKAGE / "_backends"
-    names = {path.stem for path in backends.glob("*.py")} - {"__init__"}
-    assert "cpu" in names
+    names = {path.stem for path in backends.glob("*.py") if not path.stem.startswith("_")}
+    assert names == {"cpu", "cuda"}
     for name in names:
         text = (backends / f"{name}.py").read_text(encoding="utf-8")
         assert not [other for other in names - {name} if re.search(rf"import.*\b{other}\b", text)], name
