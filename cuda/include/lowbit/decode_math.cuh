@@ -1,0 +1,143 @@
+// From codes and activations to products on the tensor cores. The weights are operand A, 16 rows; the tokens are the columns of
+// operand B. A product does not mind which in-features are its k = 0..15 as long as both operands agree: a lane takes
+// consecutive bytes of a row, and consecutive activations to match, so that no byte has to move.
+#pragma once
+
+#include "decode_plan.cuh"
+#include "ptx.cuh"
+
+namespace lowbit {
+
+// Two values of T in a word, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  const T rounded = from_float<T>(value);
+  return *reinterpret_cast<const uint16_t*>(&rounded);
+}
+
+// Writes the pair table of `codebook[code]`, `code` = lane % 16, with the even code of a byte in its high nibble.
+template <typename T>
+__device__ __forceinline__ void write_pair_table(uint8_t* table, float value, int warp, int warps, int lane) {
+  const uint32_t bits = bits_of<T>(value);
+  constexpr int kLanesOfAnEntry = kGap / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
+  for (int first = warp * kEntriesAtOnce; first < 256; first += warps * kEntriesAtOnce) {
+    const int entry = first + lane / kLanesOfAnEntry;
+    const uint32_t even = __shfl_sync(kWholeWarp, bits, entry >> 4), odd = __shfl_sync(kWholeWarp, bits, entry & 15);
+    const uint32_t pair = even | odd << 16;
+    *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) = make_uint4(pair, pair, pair, pair);
+  }
+}
+
+// The two weights of byte `i` of `codes`, from this lane's copy of the table.
+__device__ __forceinline__ uint32_t look_up_pair(const uint8_t* table, uint32_t lane_offset, uint32_t codes, int i) {
+  // Bytes of the offset, lowest first: the lane's, then the code byte; lane_offset has zeros above.
+  return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
+}
+
+// Bytes `2 half` and `2 half + 1` of `codes`, int8, as T. Exact: a number's lower 7 bits are set beside 128 (bf16) or the number
+// plus 128 beside 1024 (fp16), and what is too much is taken away.
+template <typename T>
+__device__ __forceinline__ uint32_t convert_int8_pair(uint32_t codes, int half);
+
+template <>
+__device__ __forceinline__ uint32_t convert_int8_pair<bfloat16>(uint32_t codes, int half) {
+  const uint32_t bytes = __byte_perm(codes, 0, half == 0 ? 0x4140 : 0x4342);
+  const uint32_t low_bits = (bytes & 0x007f007fu) | 0x43004300u, sign = (bytes & 0x00800080u) | 0x43004300u;
+  const __nv_bfloat162 value =
+      __hsub2(*reinterpret_cast<const __nv_bfloat162*>(&low_bits), *reinterpret_cast<const __nv_bfloat162*>(&sign));
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+template <>
+__device__ __forceinline__ uint32_t convert_int8_pair<float16>(uint32_t codes, int half) {
+  const uint32_t shifted = __byte_perm(codes ^ 0x80808080u, 0x64646464u, half == 0 ? 0x4140 : 0x4342);
+  const __half2 value = __hsub2(*reinterpret_cast<const __half2*>(&shifted), __float2half2_rn(1152.0f));
+  return *reinterpret_cast<const uint32_t*>(&value);
+}
+
+// A lane's codes of a visit, rows g and g + 8.
+template <typename Shape>
+struct Codes {
+  static constexpr int kWords = Shape::kLaneBytes / 4;
+  uint32_t words[Shape::kGroups][2][kWords];
+
+  // `place`: the lane's offset in a stage for group 0. Groups differ in bits of the chunk, which the swizzle XORs.
+  __device__ __forceinline__ void read(const uint8_t* stage, uint32_t place) {
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* from = stage + (place ^ group * (4 * Shape::kLaneBytes)) + half * (8 * kUnitBytes);
+        if constexpr (kWords == 2) {
+          const uint2 pair = *reinterpret_cast<const uint2*>(from);
+          words[group][half][0] = pair.x;
+          words[group][half][1] = pair.y;
+        } else {
+          words[group][half][0] = *reinterpret_cast<const uint32_t*>(from);
+        }
+      }
+    }
+  }
+
+  // Operand A of product `i` of a group.
+  template <typename T>
+  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint8_t* table, uint32_t lane_offset, int group,
+                                           int i) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (Shape::kBits == 4) {
+        const uint32_t word = words[group][half][i / 2];
+        a[half] = look_up_pair(table, lane_offset, word, i % 2 * 2);
+        a[half + 2] = look_up_pair(table, lane_offset, word, i % 2 * 2 + 1);
+      } else {
+        a[half] = convert_int8_pair<T>(words[group][half][i], 0);
+        a[half + 2] = convert_int8_pair<T>(words[group][half][i], 1);
+      }
+    }
+  }
+};
+
+// A lane's activations of a unit: of token g of each tile of tokens, those that match its codes.
+template <typename T, typename Shape, int kTokenTiles>
+struct Activations {
+  static constexpr int kWords = Shape::kLaneCols / 2;
+  uint32_t words[kTokenTiles][Shape::kGroups][kWords];
+
+  // What lies outside x becomes 0.
+  __device__ __forceinline__ void load(const DecodeOperands& operands, int64_t cols, int unit, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int tile = 0; tile < kTokenTiles; ++tile) {
+      const int token = tile * kTokenTile + g;
+      const T* row = static_cast<const T*>(operands.x) + token * operands.x_stride;
+#pragma unroll
+      for (int group = 0; group < Shape::kGroups; ++group) {
+        const int64_t col = static_cast<int64_t>(unit) * Shape::kUnit + group * Shape::kGroup;
+        const bool is_inside = token < operands.tokens && col < cols;
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4) {
+          uint4 part = make_uint4(0, 0, 0, 0);
+          if (is_inside) part = load_16_constant(row + col + t * Shape::kLaneCols + i * 2);
+          words[tile][group][i] = part.x;
+          words[tile][group][i + 1] = part.y;
+          words[tile][group][i + 2] = part.z;
+          words[tile][group][i + 3] = part.w;
+        }
+      }
+    }
+  }
+
+  // Sums over a group of tokens 2 t and 2 t + 1: products with ones leave them in the lanes that need them.
+  __device__ __forceinline__ float2 sum(int tile, int group) const {
+    const uint32_t one = bits_of<T>(1.0f), ones = one | one << 16;
+    const uint32_t a[4] = {ones, ones, ones, ones};
+    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < Shape::kProducts; ++i) {
+      multiply_tile<T>(d, a, words[tile][group][2 * i], words[tile][group][2 * i + 1], d[0], d[1], d[2], d[3]);
+    }
+    return make_float2(d[0], d[1]);
+  }
+};
+
+}  // namespace lowbit
