@@ -16,9 +16,10 @@ struct Operands {
   const void* x;
   const void* bias;  // null where there is none
   void* out;
-  int64_t tokens;
   int64_t x_stride;  // elements from one token of x to the next
+  int32_t tokens;
   Dtype bias_dtype;
+  int32_t is_dependent;  // of the kernels in linear_decode.cu, which take the same
 };
 static_assert(sizeof(Operands) == 48, "as rust/core/src/cuda/linear.rs has it");
 

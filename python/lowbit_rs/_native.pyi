@@ -168,6 +168,7 @@ def cuda_linear(
     bias: _Floats | None,
     out: _Floats,
     stream: int,
+    may_overlap: bool,
 ) -> None: ...
 def cuda_linear_grad_input(
     weight: CudaWeight, grad: _Floats, tokens: int, grad_row_stride: int, out: _Floats, stream: int

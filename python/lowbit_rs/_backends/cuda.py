@@ -8,6 +8,7 @@ its kernels, calls can be captured into a CUDA graph.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,10 @@ from lowbit_rs.packed import dtype_name, field_dtypes, storage
 _PART_BYTES = 32 << 20
 #: Rows or columns of such a part are a multiple of this, so that the library finds whole tiles.
 _PART_STEP = 256
+
+#: Whether a product may begin to read its weight while the kernel in front of it still runs (programmatic dependent
+#: launch, compute capability 9.0 and newer). That is right as long as no kernel writes a weight just before its use.
+_MAY_OVERLAP = os.environ.get("LOWBIT_DEPENDENT_LAUNCH") == "1"
 
 #: Scales that are summed by one block, and most blocks that do so: as in rust/core/src/cuda/plan.rs.
 _SUM_THREADS = 256
@@ -116,7 +121,9 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = rows_of(bias)[0]
         addend = floats(bias)
-    _native.cuda_linear(weight, floats(x), tokens, row_stride, addend, floats(out), _stream(weight.device))
+    _native.cuda_linear(
+        weight, floats(x), tokens, row_stride, addend, floats(out), _stream(weight.device), _MAY_OVERLAP
+    )
     return out
 
 

@@ -84,7 +84,7 @@ impl CudaWeight {
 
 impl CudaWeight {
     fn queue(&self, stream: usize) -> Result<Queue> {
-        Ok(Queue { device: Device::get(self.device)?, stream })
+        Ok(Queue { device: Device::get(self.device)?, stream, may_overlap: false })
     }
 }
 
@@ -143,7 +143,7 @@ fn cuda_quantize(
     })
 }
 
-/// Unpacks rows x cols of the weight, from (first_row, first_col) on, into `out`.
+/// Unpacks rows x cols of the weight, from (`first_row`, `first_col`) on, into `out`.
 #[pyfunction]
 fn cuda_dequantize(
     py: Python<'_>,
@@ -175,9 +175,10 @@ fn cuda_dequantize_rows(
     })
 }
 
-/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias`, rows of x `x_row_stride` elements apart.
+/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias`, rows of x `x_row_stride` elements apart. With `may_overlap`, the
+/// weight may be read before the kernel in front in the stream has ended.
 #[pyfunction]
-#[pyo3(signature = (weight, x, tokens, x_row_stride, bias, out, stream))]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, bias, out, stream, may_overlap))]
 #[allow(clippy::too_many_arguments)] // three tensors with their strides
 fn cuda_linear(
     py: Python<'_>,
@@ -188,12 +189,16 @@ fn cuda_linear(
     bias: Option<FloatBuffer>,
     out: FloatBuffer,
     stream: usize,
+    may_overlap: bool,
 ) -> PyResult<()> {
     run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
         let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
         // SAFETY: as for `cuda_dequantize`.
-        unsafe { cuda::linear(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?) }
+        unsafe {
+            let queue = Queue { may_overlap, ..weight.queue(stream)? };
+            cuda::linear(queue, &weight.weight, x, bias, floats("out", &out)?)
+        }
     })
 }
 

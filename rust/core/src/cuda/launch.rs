@@ -81,7 +81,7 @@ pub(super) unsafe fn launch(queue: Queue, plan: &Plan, mut arguments: Arguments<
         sharedMemBytes: plan.shared_bytes,
         hStream: queue.stream as sys::CUstream,
         attrs: &raw mut overlap,
-        numAttrs: plan.is_dependent.into(),
+        numAttrs: (plan.is_dependent && queue.may_overlap).into(),
     };
     // SAFETY: the configuration and the arguments are alive during the call, which copies them; the rest is the caller's.
     let launched = unsafe {

@@ -28,14 +28,15 @@ struct Operands {
     x: Pointer,
     bias: Pointer,
     out: Pointer,
-    tokens: i64,
     x_stride: i64,
+    tokens: i32,
     bias_dtype: i32,
+    is_dependent: i32,
 }
 
-const _: () = assert!(size_of::<Operands>() == 48, "as cuda/linear.cu has it");
+const _: () = assert!(size_of::<Operands>() == 48, "as cuda/linear.cu and decode_plan.cuh have it");
 
-// SAFETY: `repr(C)`, the fields of `Operands` in `cuda/linear.cu`.
+// SAFETY: `repr(C)`, the fields of `Operands` in `cuda/linear.cu` and of `DecodeOperands` in `decode_plan.cuh`.
 unsafe impl Argument for Operands {}
 
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
@@ -96,20 +97,29 @@ unsafe fn multiply(
         spec: *weight.spec(),
         layout: *layout,
         count: x.tokens,
-        is_vectorized: false,
+        is_vectorized: is_vectorized(weight, &x),
     };
     let plan = plan(&problem, queue.device.capability())?;
     let operands = Operands {
         x: Pointer(x.values.buffer.address),
         bias: Pointer(bias.map_or(0, |bias| bias.buffer.address)),
         out: Pointer(out.buffer.address),
-        tokens: x.tokens as i64,
         x_stride: x.stride as i64,
+        tokens: x.tokens as i32,
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
+        is_dependent: (plan.is_dependent && queue.may_overlap).into(),
     };
     let arguments = Arguments::new().with(weight.kernel()).with(&operands);
-    // SAFETY: the parameters of every kernel of `cuda/linear.cu`; lengths were checked, the rest is the caller's.
+    // SAFETY: the parameters of every kernel of `cuda/linear.cu` and `cuda/linear_decode.cu`; lengths were checked, the rest is the caller's.
     unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
+}
+
+/// Whether rows of codes, scales and activations begin where accesses of 16 bytes may.
+fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> bool {
+    let kernel = weight.kernel();
+    let addresses = [kernel.codes.0, kernel.scales.0, kernel.shifts.0, x.values.buffer.address];
+    let strides = [weight.layout().row_bytes(), x.stride * x.values.dtype.size()];
+    addresses.iter().all(|address| address.is_multiple_of(16)) && strides.iter().all(|stride| stride.is_multiple_of(16))
 }
 
 fn check(argument: &'static str, x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {

@@ -4,6 +4,7 @@
 //! the primary context of a device, which is torch's. The driver is looked for when it is first needed, so a machine
 //! without one runs everything else.
 
+mod decode;
 mod dequantize;
 mod device;
 mod driver;
@@ -27,6 +28,9 @@ pub struct Queue {
     pub device: &'static Device,
     /// The driver's handle of a stream of that device; 0 is the default stream.
     pub stream: usize,
+    /// Whether a product may read its weight before the kernel in front of it in the stream has ended: it must not be that
+    /// kernel which writes the weight. Activations are waited for in any case.
+    pub may_overlap: bool,
 }
 
 /// Whether this build has CUDA kernels.

@@ -1,5 +1,6 @@
 //! The one table that picks a kernel and its grid, from what is to be done and what the device can.
 
+use super::decode;
 use crate::dtype::Dtype;
 use crate::format::{Layout, Spec};
 use crate::{Error, Result};
@@ -195,6 +196,9 @@ pub(super) fn sums_of(count: usize) -> usize {
 
 /// The kernel for `problem` on a device of `capability`, and its grid.
 pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
+    if let Some(plan) = decode::plan(problem, capability) {
+        return Ok(plan);
+    }
     let serves = |kernel: &&Kernel| {
         kernel.operation == problem.operation && capability.compute >= kernel.compute && (kernel.takes)(problem)
     };
@@ -253,10 +257,21 @@ mod tests {
     }
 
     #[test]
+    fn every_decoding_kernel_is_built() {
+        if let Some(image) = lowbit_kernels::image("linear_decode") {
+            for entry in decode::entries() {
+                assert!(image.entries.contains(&entry), "{entry}");
+            }
+        }
+    }
+
+    #[test]
     fn every_kernel_that_is_built_stands_in_a_line() {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
-                assert!(KERNELS.iter().any(|kernel| kernel.entries.contains(entry)), "{entry} in {}", image.name);
+                let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
+                    || decode::entries().any(|name| name == *entry);
+                assert!(is_planned, "{entry} in {}", image.name);
             }
         }
     }
@@ -298,13 +313,14 @@ mod tests {
             let problem = Problem { dtype, ..problem(Operation::Quantize, 1024) };
             assert_eq!(plan(&problem, HOPPER).expect("a plan").grid, [blocks, 1]);
         }
+        let general = Problem { is_vectorized: false, ..problem(Operation::Linear, 1) };
         for (tokens, entry, grid) in [
             (1, "linear_bfloat16_1", [256, 1]),
             (2, "linear_bfloat16_2", [512, 1]),
             (3, "linear_bfloat16_4", [512, 1]),
             (9, "linear_bfloat16_4", [512, 3]),
         ] {
-            let plan = plan(&problem(Operation::Linear, tokens), HOPPER).expect("a plan");
+            let plan = plan(&Problem { count: tokens, ..general }, HOPPER).expect("a plan");
             assert_eq!((plan.entry, plan.grid), (entry, grid));
         }
         assert_eq!(plan(&problem(Operation::SumScales, 1 << 20), HOPPER).expect("a plan").grid, [256, 1]);
