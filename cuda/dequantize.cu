@@ -71,16 +71,16 @@ __device__ __forceinline__ Place place_of(const Weight& w, const Window& window,
   return {row * window.cols + vector * kVector, code, block};
 }
 
-// For windows of whole vectors, but for the end of a single row. Codes and `out` are aligned to vectors.
-template <typename T>
-__device__ void dequantize_vectors(const Weight& w, const Window& window, T* out) {
-  __shared__ float table[kCodebookLength];
-  load_codebook(w, table);
+// For windows of whole vectors, but for the end of a single row. Codes and `out` are aligned to vectors. All loads of a
+// thread's vectors are on their way before the first is waited for; those that depend on another follow together.
+template <typename T, bool kDoubleQuant>
+__device__ void dequantize_vectors(const Weight& w, const Window& window, T* out, const float* table) {
   const int64_t count = window.rows * window.cols;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
   Codes codes[kUnroll];
   Place places[kUnroll];
-  float scales[kUnroll];
+  float scales[kUnroll], shifts[kUnroll], scales_2[kUnroll];
+  int scale_codes[kUnroll];
   int64_t left[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -89,18 +89,32 @@ __device__ void dequantize_vectors(const Weight& w, const Window& window, T* out
     if (left[u] >= kVector) {
       places[u] = place_of(w, window, vector);
       codes[u] = load_codes(w, places[u].code);
-      scales[u] = scale_of(w, places[u].block);
+      if constexpr (kDoubleQuant) {
+        scale_codes[u] = static_cast<const uint8_t*>(w.scales)[places[u].block];
+        scales_2[u] = w.scale_2[places[u].block / kScalesPerScale2];
+      } else {
+        scales[u] = load(w.scales, w.scale_dtype, places[u].block);
+      }
+      shifts[u] = w.shifts == nullptr ? 0.0f : shift_of(w, places[u].block);
+    }
+  }
+  if constexpr (kDoubleQuant) {
+    const float offset = *w.scale_offset;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (left[u] >= kVector) {
+        scales[u] = __fadd_rn(__fmul_rn(lowbit_dynamic_map[scale_codes[u]], scales_2[u]), offset);
+      }
     }
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     if (left[u] >= kVector) {
-      const float shift = w.shifts == nullptr ? 0.0f : shift_of(w, places[u].block);
       float values[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float value = decode(w, table, codes[u], i);
-        values[i] = w.shifts == nullptr ? __fmul_rn(value, scales[u]) : __fmaf_rn(value, scales[u], shift);
+        values[i] = w.shifts == nullptr ? __fmul_rn(value, scales[u]) : __fmaf_rn(value, scales[u], shifts[u]);
       }
       store_vector(out + places[u].out, values);
     } else if (left[u] > 0) {
@@ -146,7 +160,10 @@ __device__ void dequantize_rows(const Weight& w, const int64_t* rows, int64_t co
   extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                      \
       dequantize_vectors_##name(const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::Window part, \
                                 T* out) {                                                                             \
-    lowbit::dequantize_vectors<T>(w, part, out);                                                                      \
+    __shared__ float table[lowbit::kCodebookLength];                                                                  \
+    lowbit::load_codebook(w, table);                                                                                  \
+    if (w.scale_2 == nullptr) lowbit::dequantize_vectors<T, false>(w, part, out, table);                              \
+    else lowbit::dequantize_vectors<T, true>(w, part, out, table);                                                    \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                      \
       dequantize_elements_##name(const __grid_constant__ lowbit::Weight w,                                            \

@@ -1,5 +1,5 @@
-// y = x W^T + bias and its gradient to x, on CUDA cores: fp32 products and sums for every dtype, format, block size and
-// shape, on every GPU. Tensor-core kernels take over where they can; this is what is right everywhere.
+// y = x W^T + bias on CUDA cores: fp32 products and sums for every dtype, format, block size and shape, on every GPU.
+// Tensor-core kernels take over where they can; this is what is right everywhere.
 #include "lowbit/weight.cuh"
 
 extern "C" __device__ float lowbit_dynamic_map[256] = {};
@@ -74,11 +74,34 @@ __device__ __forceinline__ Unit<kBits> load_unit(const Weight& w, int64_t row, i
   return unit;
 }
 
+// Numbers that codes stand for. In 4 bits, codes are first made byte offsets into the table, four in a word: even ones, then
+// odd ones of each word of codes. A byte of them is an address after one instruction.
 template <int kBits>
-__device__ __forceinline__ float unit_value(const float* table, const Unit<kBits>& unit, int i) {
-  if constexpr (kBits == 8) return static_cast<float>(signed_byte(unit.words[i / 4], i % 4));
-  else return table[nibble(unit.words[i / 8], i % 8)];
-}
+struct Decoded {
+  uint32_t words[4];
+  const float* table;
+
+  __device__ __forceinline__ Decoded(const float* codebook, const Unit<kBits>& unit) : table(codebook) {
+    if constexpr (kBits == 8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = unit.words[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        words[2 * i] = unit.words[i] >> 2 & 0x3c3c3c3cu;
+        words[2 * i + 1] = unit.words[i] << 2 & 0x3c3c3c3cu;
+      }
+    }
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (kBits == 8) {
+      return static_cast<float>(signed_byte(words[i / 4], i % 4));
+    } else {
+      const uint32_t offset = __byte_perm(words[i / 8 * 2 + i % 2], 0, 0x4440 | i % 8 / 2);
+      return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(table) + offset);
+    }
+  }
+};
 
 // Columns [first, first + kTile units) of every token, widened, zeros behind the last column and the last token.
 template <typename T, int kTokens>
@@ -127,9 +150,10 @@ __device__ __forceinline__ void multiply_unit(const Weight& w, const float* tabl
     }
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
+      const Decoded<kBits> weights(table, units[r]);
       float dot = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) dot = fmaf(unit_value(table, units[r], i), values[i], dot);
+      for (int i = 0; i < kUnit; ++i) dot = fmaf(weights[i], values[i], dot);
       sums[r][t] = fmaf(scales[r], dot, sums[r][t]);
     }
     if (w.shifts != nullptr) {
@@ -213,41 +237,6 @@ __device__ void linear_straddling(const Weight& w, const Operands& io) {
   }
 }
 
-// Columns that a CTA of the gradient has: one a lane, its warps share the rows between them.
-constexpr int kGradTokens = 4;
-
-// out[m, k] = sum_n x[m, n] w[n, k] for up to kGradTokens tokens a CTA; x stands for the gradient of y.
-template <typename T>
-__device__ void linear_grad_input(const Weight& w, const Operands& io) {
-  __shared__ float table[kCodebookLength];
-  __shared__ float partial[kWarps][kGradTokens][kWarp];
-  load_codebook(w, table);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t token = static_cast<int64_t>(blockIdx.y) * kGradTokens;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
-  const T* grad = static_cast<const T*>(io.x);
-  float sums[kGradTokens] = {};
-  if (col < w.cols) {
-#pragma unroll 4
-    for (int64_t row = warp; row < w.rows; row += kWarps) {
-      const float weight = weight_at(w, table, row, col);
-#pragma unroll
-      for (int t = 0; t < kGradTokens; ++t) {
-        const float g = token + t < io.tokens ? to_float(grad[(token + t) * io.x_stride + row]) : 0.0f;
-        sums[t] = fmaf(g, weight, sums[t]);
-      }
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < kGradTokens; ++t) partial[warp][t][lane] = sums[t];
-  __syncthreads();
-  if (warp >= kGradTokens || token + warp >= io.tokens || col >= w.cols) return;
-  float sum = 0.0f;
-#pragma unroll
-  for (int s = 0; s < kWarps; ++s) sum += partial[s][warp][lane];
-  static_cast<T*>(io.out)[(token + warp) * w.cols + col] = from_float<T>(sum);
-}
-
 }  // namespace lowbit
 
 #define ENTRY(name)                                                \
@@ -263,6 +252,5 @@ __device__ void linear_grad_input(const Weight& w, const Operands& io) {
   LINEAR_ENTRY(name, T, 1)                                                           \
   LINEAR_ENTRY(name, T, 2)                                                           \
   LINEAR_ENTRY(name, T, 4)                                                           \
-  ENTRY(linear_straddling_##name) { lowbit::linear_straddling<T>(w, io); }           \
-  ENTRY(linear_grad_input_##name) { lowbit::linear_grad_input<T>(w, io); }
+  ENTRY(linear_straddling_##name) { lowbit::linear_straddling<T>(w, io); }
 LOWBIT_FOR_EACH_DTYPE(ENTRIES)

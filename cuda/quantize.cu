@@ -7,10 +7,11 @@ namespace lowbit {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kVector = 8;
+// Weights that a thread has of a block: as many as make the arithmetic for whole blocks small beside that for weights.
+constexpr int kVector = 16;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kInfinityBits = 0x7f800000;
-constexpr int kBins = 64;
+constexpr int kBins = 32;
 
 // A strided tensor [experts, rows, cols], strides in elements. Mirrored in rust/core/src/cuda/quantize.rs, as is Rule.
 struct Source {
@@ -20,12 +21,11 @@ struct Source {
 };
 
 // How normalized weights become codes. A number's rank among the sorted values is counted in two steps: its bin, out of
-// kBins equal ones from -limit to limit, tells how many thresholds lie in the bins below, and `steps` comparisons settle
-// those in the bin itself.
+// kBins equal ones that cover -limit to limit, tells how many thresholds lie in the bins below, and `steps` comparisons
+// settle those in the bin itself. Bins are as many as banks, so that no lane waits for another.
 struct Rule {
   float limit;
   float bin_scale;
-  float bin_offset;
   int32_t steps;
   int32_t is_sorted;      // codes are ranks
   int32_t zero_code;
@@ -35,7 +35,7 @@ struct Rule {
   uint8_t order[kCodebookLength];
   uint8_t ranks[kBins];
 };
-static_assert(sizeof(Source) == 56 && sizeof(Rule) == 176, "as rust/core/src/cuda/quantize.rs has them");
+static_assert(sizeof(Source) == 56 && sizeof(Rule) == 140, "as rust/core/src/cuda/quantize.rs has them");
 
 // Where codes go. `status` holds the lowest index of a weight that is NaN or infinite, and the lowest index of a block
 // whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index.
@@ -80,18 +80,22 @@ struct Extremes {
   int low = 0x7fffffff;
   int high = static_cast<int>(0x80000000u);
 
-  __device__ __forceinline__ void add(float w) {
+  __device__ __forceinline__ void add(float w, bool with_ends) {
     const int bits = __float_as_int(w);
     magnitude = max(magnitude, bits & 0x7fffffff);
-    low = min(low, ordered(bits));
-    high = max(high, ordered(bits));
+    if (with_ends) {
+      low = min(low, ordered(bits));
+      high = max(high, ordered(bits));
+    }
   }
   // Joins the extremes of `lanes` neighbours, a power of two.
-  __device__ __forceinline__ void join(int lanes) {
+  __device__ __forceinline__ void join(int lanes, bool with_ends) {
     for (int step = lanes / 2; step > 0; step /= 2) {
       magnitude = max(magnitude, __shfl_xor_sync(kAllLanes, magnitude, step));
-      low = min(low, __shfl_xor_sync(kAllLanes, low, step));
-      high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+      if (with_ends) {
+        low = min(low, __shfl_xor_sync(kAllLanes, low, step));
+        high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+      }
     }
   }
   __device__ __forceinline__ bool is_finite() const { return magnitude < kInfinityBits; }
@@ -114,21 +118,73 @@ struct Block {
     }
     inverse = rule.limit / extent;
   }
-  __device__ __forceinline__ float normalized(const Rule& rule, float w) const {
-    if (inverse != 0.0f && fabsf(inverse) < INFINITY) return __fmul_rn(w - shift, inverse);
-    // An extent whose inverse is beyond fp32.
+  // Whether `inverse` is in the range of fp32.
+  __device__ __forceinline__ bool is_plain() const { return inverse != 0.0f && fabsf(inverse) < INFINITY; }
+  __device__ __forceinline__ float normalized(float w) const { return __fmul_rn(w - shift, inverse); }
+  // For extents whose inverse is not.
+  __device__ __forceinline__ float normalized_in_fp64(const Rule& rule, float w) const {
     const double wide = static_cast<double>(rule.limit) / static_cast<double>(extent);
     return static_cast<float>((static_cast<double>(w) - static_cast<double>(shift)) * wide);
   }
 };
 
+// The rank of |u| <= limit; in 8 bits, the code itself. kSteps: `steps`, or 0 for a number known at run time.
+template <int kBits, int kSteps>
+__device__ __forceinline__ int rank_of(const Rule& rule, const Tables& tables, float u) {
+  if constexpr (kBits == 8) {
+    return __float2int_rn(u) & 255;
+  } else {
+    // A sum of this size has the whole part of its small addend above its two lowest bits, as rounding toward zero leaves
+    // it: four times the bin, which is where its rank lies.
+    const float shifted = __fmaf_rz(u, rule.bin_scale, 2097152.0f + kBins / 2);
+    const char* ranks = reinterpret_cast<const char*>(tables.ranks);
+    int rank = *reinterpret_cast<const int*>(ranks + (__float_as_uint(shifted) & (kBins - 1) * 4));
+    const int steps = kSteps > 0 ? kSteps : rule.steps;
+    for (int step = 0; step < steps; ++step) rank += u > tables.thresholds[rank] ? 1 : 0;
+    return rank;
+  }
+}
+
+// The code of one weight of a block.
 template <int kBits>
-__device__ __forceinline__ int code_of(const Rule& rule, const Tables& tables, float u) {
-  if constexpr (kBits == 8) return __float2int_rn(u) & 255;
-  const int bin = min(max(__float2int_rd(__fmaf_rn(u, rule.bin_scale, rule.bin_offset)), 0), kBins - 1);
-  int rank = tables.ranks[bin];
-  for (int step = 0; step < rule.steps; ++step) rank += u > tables.thresholds[rank] ? 1 : 0;
+__device__ __forceinline__ int code_of(const Rule& rule, const Tables& tables, const Block& block, float w) {
+  const float u = block.is_plain() ? block.normalized(w) : block.normalized_in_fp64(rule, w);
+  const int rank = rank_of<kBits, 0>(rule, tables, u);
   return rule.is_sorted ? rank : tables.order[rank];
+}
+
+// As `codes_of`, for blocks that are seldom; apart from it, so that the frequent ones' instructions lie together.
+template <int kBits>
+__device__ __noinline__ void codes_of_rare(const Rule& rule, const Tables& tables, const Block& block,
+                                           const float* weights, int* codes) {
+#pragma unroll 1
+  for (int i = 0; i < kVector; ++i) codes[i] = code_of<kBits>(rule, tables, block, weights[i]);
+}
+
+// The codes of a thread's weights of a block.
+template <int kBits>
+__device__ __forceinline__ void codes_of(const Rule& rule, const Tables& tables, const Block& block,
+                                         const float (&weights)[kVector], int (&codes)[kVector]) {
+  if (block.is_plain() && rule.steps <= 1) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) codes[i] = rank_of<kBits, 1>(rule, tables, block.normalized(weights[i]));
+  } else if (block.is_plain() && rule.steps == 2) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) codes[i] = rank_of<kBits, 2>(rule, tables, block.normalized(weights[i]));
+  } else {
+    // Copies, so that the originals need no address.
+    float from[kVector];
+    int to[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) from[i] = weights[i];
+    codes_of_rare<kBits>(rule, tables, block, from, to);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) codes[i] = to[i];
+    return;
+  }
+  if (rule.is_sorted) return;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) codes[i] = tables.order[codes[i]];
 }
 
 // What is stored for a block, and how its weights are then encoded.
@@ -145,7 +201,7 @@ __device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& 
   const float shift = rule.has_shift ? rounded(out.shift_dtype, low) : 0.0f;
   const Block block(rule, range, is_negative, shift);
   if (writes) {
-    const float scale = is_finite ? block.extent / rule.limit : NAN;
+    const float scale = !is_finite ? NAN : rule.limit == 1.0f ? block.extent : block.extent / rule.limit;
     const float stored = store(out.scales, out.scale_dtype, index, scale);
     if (rule.has_shift) store(out.shifts, out.shift_dtype, index, shift);
     if (is_finite && !(fabsf(stored) < INFINITY && fabsf(shift) < INFINITY)) {
@@ -155,22 +211,20 @@ __device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& 
   return {block, !is_finite || block.extent == 0.0f};
 }
 
-// Eight codes as they are stored.
+// A thread's codes as they are stored.
 template <int kBits>
 __device__ __forceinline__ void store_codes(const Target& out, int64_t index, const int (&codes)[kVector]) {
+  constexpr int kInWord = 32 / kBits;
+  uint32_t words[kVector / kInWord] = {};
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const int bit = kBits == 8 ? 8 * (i % 4) : 8 * (i % 8 / 2) + (i % 2 == 0 ? 4 : 0);
+    words[i / kInWord] |= static_cast<uint32_t>(codes[i]) << bit;
+  }
   if constexpr (kBits == 8) {
-    uint2 words = make_uint2(0, 0);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words.x |= static_cast<uint32_t>(codes[i]) << (8 * i);
-      words.y |= static_cast<uint32_t>(codes[i + 4]) << (8 * i);
-    }
-    *reinterpret_cast<uint2*>(out.codes + index) = words;
+    *reinterpret_cast<uint4*>(out.codes + index) = make_uint4(words[0], words[1], words[2], words[3]);
   } else {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) word |= static_cast<uint32_t>(codes[i]) << (8 * (i / 2) + (i % 2 == 0 ? 4 : 0));
-    *reinterpret_cast<uint32_t*>(out.codes + index / 2) = word;
+    *reinterpret_cast<uint2*>(out.codes + index / 2) = make_uint2(words[0], words[1]);
   }
 }
 
@@ -188,10 +242,10 @@ __device__ __forceinline__ bool first_extreme_is_negative(const float (&weights)
   return __shfl_sync(kAllLanes, sign, max(__ffs(holders) - 1, 0)) > 0;
 }
 
-// Blocks of 16 to 256 weights, all of them whole, in a tensor without gaps: a block is up to 32 neighbours' vectors.
+// Blocks of 16 to 512 weights, all of them whole, in a tensor without gaps: a block is up to 32 neighbours' vectors.
 template <typename T, int kBits>
 __device__ void quantize_vectors(const Source& source, const Rule& rule, const Target& out) {
-  constexpr int kUnroll = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kUnroll = sizeof(T) == 4 ? 1 : 2;
   constexpr int kPart = 16 / sizeof(T);
   __shared__ Tables tables;
   load_tables(rule, tables);
@@ -219,9 +273,13 @@ __device__ void quantize_vectors(const Source& source, const Rule& rule, const T
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       weights[i] = to_float(loaded[u][i / kPart].values[i % kPart]);
-      range.add(weights[i]);
+      range.add(weights[i], false);
     }
-    range.join(lanes);
+    if (rule.has_shift) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) range.add(weights[i], true);
+    }
+    range.join(lanes, rule.has_shift);
     const bool is_negative = rule.signed_absmax && first_extreme_is_negative(weights, range.magnitude, lanes);
     if (at >= count) continue;
     const int64_t index = at >> (31 - __clz(static_cast<int>(out.block_size)));
@@ -234,10 +292,11 @@ __device__ void quantize_vectors(const Source& source, const Rule& rule, const T
       }
     }
     int codes[kVector];
+    if (outcome.is_constant) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      codes[i] = outcome.is_constant ? rule.zero_code
-                                     : code_of<kBits>(rule, tables, outcome.block.normalized(rule, weights[i]));
+      for (int i = 0; i < kVector; ++i) codes[i] = rule.zero_code;
+    } else {
+      codes_of<kBits>(rule, tables, outcome.block, weights, codes);
     }
     store_codes<kBits>(out, at, codes);
   }
@@ -281,10 +340,10 @@ __device__ void quantize_blocks(const Source& source, const Rule& rule, const Ta
     Extremes range;
     for (int64_t i = lane; i < block.length; i += kWarp) {
       const float w = block.read(i);
-      range.add(w);
+      range.add(w, true);
       if (!(fabsf(w) < INFINITY)) atomicMin(out.status, static_cast<unsigned long long>(block.position(i)));
     }
-    range.join(kWarp);
+    range.join(kWarp, true);
     bool is_negative = false;
     for (int64_t i = lane; rule.signed_absmax && i - lane < block.length; i += kWarp) {
       const int bits = i < block.length ? __float_as_int(block.read(i)) : 0;
@@ -298,7 +357,7 @@ __device__ void quantize_blocks(const Source& source, const Rule& rule, const Ta
     const Outcome outcome = finish_block(rule, out, range, is_negative, index, block.position(0), lane == 0);
     const auto encoded = [&](int64_t i) {
       if (outcome.is_constant || i >= block.length) return static_cast<int>(rule.zero_code);
-      return code_of<kBits>(rule, tables, outcome.block.normalized(rule, block.read(i)));
+      return code_of<kBits>(rule, tables, outcome.block, block.read(i));
     };
     // A block starts with a byte: its size is even, and so is the row's number of codes.
     const int64_t code = block.row * out.row_codes + block.col;

@@ -13,7 +13,6 @@ from torch import Tensor
 import lowbit_rs
 import oracle
 from lowbit_rs import InvalidArgument, PackedWeight
-from lowbit_rs._native import CUDA_MAX_TOKENS
 
 OPS = torch.ops.lowbit_rs
 
@@ -101,7 +100,7 @@ def check_gradient(packed: PackedWeight, tokens: int, dtype: torch.dtype) -> Non
     wanted, size = exact(grad, weight.T, None)
     n = shape[0] + 8
     roundoff = oracle.unit_roundoff(dtype)
-    rounded_weight = roundoff * (1 + roundoff) if dtype != torch.float32 and tokens > CUDA_MAX_TOKENS else 0
+    rounded_weight = roundoff * (1 + roundoff) if dtype != torch.float32 else 0
     bound = (n * 2.0**-24 / (1 - n * 2.0**-24) + rounded_weight) * size * (1 + roundoff)
     bound = bound + roundoff * wanted.abs() + oracle.half_step(dtype)
     assert bool(((dx.double() - wanted).abs() <= bound).all())
@@ -150,7 +149,7 @@ def test_gradients_of_gradients() -> None:
     (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     (again,) = torch.autograd.grad(grad.sum(), x)
     weight = packed.dequantize()
-    torch.testing.assert_close(again, (2 * torch.ones(3, 64, device="cuda") @ weight.T) @ weight)
+    torch.testing.assert_close(again, (2 * torch.ones(3, 64, device="cuda") @ weight.T) @ weight, rtol=1e-4, atol=1e-4)
 
 
 def test_devices_are_named() -> None:

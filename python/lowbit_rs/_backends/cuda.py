@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,17 +40,30 @@ def _stream(device: int) -> int:
     return handle
 
 
+#: Views that were made, by all that they were made of: an address, a length, a dtype and a device say everything about a
+#: contiguous tensor that a view depends on.
+_views: dict[tuple[Any, ...], CudaWeight] = {}
+_MAX_VIEWS = 1 << 14
+
+
 def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> CudaWeight:
     """Borrowed pointers to the tensors of a weight [N, K] or [experts, N, K], all on one device.
 
     ``tensors`` come in the order of ``field_dtypes(spec)``; keep them alive while the view is in use. Raises
     InvalidArgument, naming the field, for a dtype, length or device that spec, shape or the codes do not have.
     """
-    device = tensors[0].device
-    fields = field_dtypes(spec).items()
-    buffers = {name: buffer(name, tensor, dtype, device) for (name, dtype), tensor in zip(fields, tensors, strict=True)}
-    codes = buffers.pop("data")
-    return CudaWeight(tensors[0].get_device(), spec, math.prod(shape[:-1]), shape[-1], codes, **buffers)
+    key = (spec, *shape, *[(t.data_ptr(), t.numel(), t.dtype, t.get_device(), t.is_contiguous()) for t in tensors])
+    made = _views.get(key)
+    if made is None:
+        device = tensors[0].device
+        fields = field_dtypes(spec).items()
+        buffers = {name: buffer(name, part, dtype, device) for (name, dtype), part in zip(fields, tensors, strict=True)}
+        codes = buffers.pop("data")
+        made = CudaWeight(tensors[0].get_device(), spec, math.prod(shape[:-1]), shape[-1], codes, **buffers)
+        if len(_views) >= _MAX_VIEWS:
+            _views.clear()
+        _views[key] = made
+    return made
 
 
 def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
@@ -121,20 +135,28 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = rows_of(bias)[0]
         addend = floats(bias)
-    _native.cuda_linear(
-        weight, floats(x), tokens, row_stride, addend, floats(out), _stream(weight.device), _MAY_OVERLAP
-    )
+    values = floats(x)
+    result = (out.data_ptr(), tokens * weight.rows, values[2])
+    _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), _MAY_OVERLAP)
     return out
 
 
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
-    """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad."""
-    grad, tokens, row_stride = rows_of(grad)
-    out = grad.new_empty((*grad.shape[:-1], weight.cols))
-    if tokens > CUDA_MAX_TOKENS:
-        _grad_in_parts(weight, grad.reshape(tokens, weight.rows), out.view(tokens, weight.cols))
-        return out
-    _native.cuda_linear_grad_input(weight, floats(grad), tokens, row_stride, floats(out), _stream(weight.device))
+    """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad, to which the weight is rounded, too.
+
+    The columns of the weight are unpacked and multiplied in parts that fit in the L2 cache; each sum stays in one product.
+    """
+    grad, tokens, _ = rows_of(grad)
+    rows, cols = weight.rows, weight.cols
+    out = grad.new_empty((*grad.shape[:-1], cols))
+    grad, sums = grad.reshape(tokens, rows), out.view(tokens, cols)
+    step = _part_length(rows, grad)
+    memory = grad.new_empty(min(step, cols) * rows)
+    for first in range(0, cols, step):
+        width = min(step, cols - first)
+        part = memory[: rows * width].view(rows, width)
+        _native.cuda_dequantize(weight, (0, first, rows, width), floats(part), _stream(weight.device))
+        torch.mm(grad, part, out=sums[:, first : first + width])
     return out
 
 
@@ -156,18 +178,6 @@ def _linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Te
             torch.mm(x, part.T, out=out[:, first:last])
         else:
             torch.addmm(bias[first:last], x, part.T, out=out[:, first:last])
-
-
-def _grad_in_parts(weight: CudaWeight, grad: Tensor, out: Tensor) -> None:
-    """``out[:, part] = grad @ W[:, part]`` for parts of the columns: each sum stays in one product."""
-    rows, cols = weight.rows, weight.cols
-    step = _part_length(rows, grad)
-    memory = grad.new_empty(min(step, cols) * rows)
-    for first in range(0, cols, step):
-        width = min(step, cols - first)
-        part = memory[: rows * width].view(rows, width)
-        _native.cuda_dequantize(weight, (0, first, rows, width), floats(part), _stream(weight.device))
-        torch.mm(grad, part, out=out[:, first : first + width])
 
 
 def _part_length(width: int, x: Tensor) -> int:

@@ -19,8 +19,7 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_quantize, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_dequantize, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_dequantize_rows, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_linear, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_linear_grad_input, module)?)
+    module.add_function(wrap_pyfunction!(cuda_linear, module)?)
 }
 
 /// Addresses of the tensors of a packed [rows, cols] weight on the device of this number. It borrows: the caller keeps the
@@ -199,23 +198,5 @@ fn cuda_linear(
             let queue = Queue { may_overlap, ..weight.queue(stream)? };
             cuda::linear(queue, &weight.weight, x, bias, floats("out", &out)?)
         }
-    })
-}
-
-/// `out[tokens, cols] = grad[tokens, rows] @ weight`, rows of grad `grad_row_stride` elements apart.
-#[pyfunction]
-fn cuda_linear_grad_input(
-    py: Python<'_>,
-    weight: &CudaWeight,
-    grad: FloatBuffer,
-    tokens: usize,
-    grad_row_stride: usize,
-    out: FloatBuffer,
-    stream: usize,
-) -> PyResult<()> {
-    run(py, || {
-        let grad = DeviceActivations { values: floats("grad", &grad)?, tokens, stride: grad_row_stride };
-        // SAFETY: as for `cuda_dequantize`.
-        unsafe { cuda::linear_grad_input(weight.queue(stream)?, &weight.weight, grad, floats("out", &out)?) }
     })
 }

@@ -202,7 +202,7 @@ mod tests {
             Problem { dtype: Dtype::Float32, ..nf4 },
             Problem { is_vectorized: false, ..nf4 },
             Problem { count: 17, ..nf4 },
-            Problem { operation: Operation::LinearGradInput, ..nf4 },
+            Problem { operation: Operation::Dequantize, ..nf4 },
             problem(Format::Nf4, BlockSize::Elements(16), (64, 256), 1),
             problem(Format::Nf4, BlockSize::Elements(64), (64, 96), 1),
             Problem { spec, ..double_int8 },

@@ -1,4 +1,4 @@
-//! `y = x @ W^T + bias` and its gradient to `x`, for few tokens. With many, unpacking parts of the weight and multiplying
+//! `y = x @ W^T + bias` for few tokens. With many, and for the gradient to x, unpacking parts of the weight and multiplying
 //! with a library is faster: the caller does that.
 
 use super::Queue;
@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// The most tokens that kernels multiply without unpacking the weight.
 pub const MAX_TOKENS: usize = 16;
 
-/// Rows of activations or gradients: `tokens` rows of a known width, `stride` elements apart.
+/// Rows of activations: `tokens` rows of a known width, `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 pub struct DeviceActivations {
     /// The elements, from the first of the first row to the last of the last.
@@ -55,44 +55,13 @@ pub unsafe fn linear(
     if let Some(bias) = bias.filter(|bias| bias.buffer.len != rows) {
         return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{rows} elements")));
     }
-    // SAFETY: handed on to the caller.
-    unsafe { multiply(queue, Operation::Linear, weight, x, bias, out) }
-}
-
-/// `out[m, k] = sum_n grad[m, n] * w[n, k]`, summed in fp32 and rounded once to the dtype of `out`, `[tokens, cols]`, which
-/// is that of `grad`. At most [`MAX_TOKENS`] tokens.
-///
-/// # Safety
-/// As for [`linear()`].
-pub unsafe fn linear_grad_input(
-    queue: Queue,
-    weight: &DeviceWeight,
-    grad: DeviceActivations,
-    out: DeviceFloats,
-) -> Result<()> {
-    // SAFETY: handed on to the caller.
-    unsafe { multiply(queue, Operation::LinearGradInput, weight, grad, None, out) }
-}
-
-unsafe fn multiply(
-    queue: Queue,
-    operation: Operation,
-    weight: &DeviceWeight,
-    x: DeviceActivations,
-    bias: Option<DeviceFloats>,
-    out: DeviceFloats,
-) -> Result<()> {
     let layout = weight.layout();
-    let (argument, terms, outputs) = match operation {
-        Operation::LinearGradInput => ("grad", layout.rows, layout.cols),
-        _ => ("x", layout.cols, layout.rows),
-    };
-    check(argument, &x, terms, outputs, out)?;
-    if x.tokens == 0 || outputs == 0 {
+    check(&x, layout.cols, rows, out)?;
+    if x.tokens == 0 || rows == 0 {
         return Ok(());
     }
     let problem = Problem {
-        operation,
+        operation: Operation::Linear,
         dtype: out.dtype,
         spec: *weight.spec(),
         layout: *layout,
@@ -110,7 +79,8 @@ unsafe fn multiply(
         is_dependent: (plan.is_dependent && queue.may_overlap).into(),
     };
     let arguments = Arguments::new().with(weight.kernel()).with(&operands);
-    // SAFETY: the parameters of every kernel of `cuda/linear.cu` and `cuda/linear_decode.cu`; lengths were checked, the rest is the caller's.
+    // SAFETY: the parameters of every kernel of `cuda/linear.cu` and `cuda/linear_decode.cu`; lengths were checked, the rest is
+    // the caller's.
     unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
 }
 
@@ -122,14 +92,14 @@ fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> bool {
     addresses.iter().all(|address| address.is_multiple_of(16)) && strides.iter().all(|stride| stride.is_multiple_of(16))
 }
 
-fn check(argument: &'static str, x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
+fn check(x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
     if x.tokens > MAX_TOKENS {
-        return Err(Error::invalid(argument, format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+        return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
     }
     let needed = if x.tokens == 0 || terms == 0 { 0 } else { (x.tokens - 1) * x.stride + terms };
     if x.values.buffer.len < needed {
         let got = format!("{} elements", x.values.buffer.len);
-        return Err(Error::invalid(argument, got, format!("{} rows of {terms}", x.tokens)));
+        return Err(Error::invalid("x", got, format!("{} rows of {terms}", x.tokens)));
     }
     if out.buffer.len != x.tokens * outputs || out.dtype != x.values.dtype {
         let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());

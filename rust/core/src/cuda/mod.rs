@@ -17,7 +17,7 @@ mod weight;
 
 pub use dequantize::{Window, dequantize, dequantize_rows};
 pub use device::Device;
-pub use linear::{DeviceActivations, MAX_TOKENS, linear, linear_grad_input};
+pub use linear::{DeviceActivations, MAX_TOKENS, linear};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
 

@@ -31,8 +31,6 @@ pub(super) enum Operation {
     QuantizeScales,
     /// `count` tokens times the weight.
     Linear,
-    /// The gradient to `count` tokens.
-    LinearGradInput,
 }
 
 /// One task.
@@ -77,7 +75,7 @@ struct Kernel {
 
 /// Threads of a block, in every kernel: `kThreads` of the sources.
 const THREADS: usize = 256;
-/// Weights of a vector, `kVector`.
+/// Weights of a vector, `kVector` of `cuda/dequantize.cu`.
 const VECTOR: usize = 8;
 /// Blocks of a kernel that walks what is left over.
 const MANY_BLOCKS: usize = 1 << 20;
@@ -117,9 +115,9 @@ const KERNELS: &[Kernel] = &[
         compute: 75,
         takes: |problem| problem.is_vectorized,
         grid: |problem| {
-            let vectors_of_a_thread = 8 / problem.dtype.size();
+            let weights_of_a_thread = 64 / problem.dtype.size();
             let weights = problem.count * problem.layout.block_size;
-            [weights.div_ceil(THREADS * VECTOR * vectors_of_a_thread), 1]
+            [weights.div_ceil(THREADS * weights_of_a_thread), 1]
         },
     },
     Kernel {
@@ -178,14 +176,6 @@ const KERNELS: &[Kernel] = &[
         compute: 75,
         takes: |_| true,
         grid: |problem| [problem.layout.rows.div_ceil(8), problem.count.div_ceil(4)],
-    },
-    Kernel {
-        operation: Operation::LinearGradInput,
-        image: "linear",
-        entries: ["linear_grad_input_float32", "linear_grad_input_float16", "linear_grad_input_bfloat16"],
-        compute: 75,
-        takes: |_| true,
-        grid: |problem| [problem.layout.cols.div_ceil(32), problem.count.div_ceil(4)],
     },
 ];
 
@@ -285,7 +275,6 @@ mod tests {
             Operation::SumScales,
             Operation::QuantizeScales,
             Operation::Linear,
-            Operation::LinearGradInput,
         ];
         for operation in operations {
             for dtype in Dtype::ALL {
