@@ -1,4 +1,4 @@
-"""bitsandbytes' linear layers, made of a weight [N, K] and ready for inference on the CPU."""
+"""bitsandbytes' linear layers, made of a weight [N, K] and ready for inference on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def bitsandbytes() -> Any:
 
 
 def four_bit(
-    weight: Tensor, quant_type: str, double_quant: bool = False, compute_dtype: torch.dtype | None = None
+    weight: Tensor,
+    quant_type: str,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> nn.Module:
     """Linear4bit with block size 64, computing in ``compute_dtype``, by default that of ``weight``.
 
@@ -38,7 +42,7 @@ def four_bit(
         compress_statistics=double_quant,
         quant_type=quant_type,
     )
-    return _load(layer, weight)
+    return _load(layer, weight, device)
 
 
 def eight_bit(weight: Tensor, threshold: float) -> nn.Module:
@@ -49,9 +53,9 @@ def eight_bit(weight: Tensor, threshold: float) -> nn.Module:
     return _load(layer, weight)
 
 
-def _load(layer: nn.Module, weight: Tensor) -> nn.Module:
+def _load(layer: nn.Module, weight: Tensor, device: str = "cpu") -> nn.Module:
     layer.load_state_dict({"weight": weight})
-    return layer.to("cpu").eval()  # moving a layer to its device quantizes it
+    return layer.to(device).eval()  # moving a layer to its device quantizes it
 
 
 def path_taken(layer: Any) -> str:

@@ -40,7 +40,7 @@ def _stream(device: int) -> int:
     return handle
 
 
-#: Views that were made, by all that they were made of: an address, a length, a dtype and a device say everything about a
+#: Views that were made, by all that they were made of: address, length, dtype and device are everything about a
 #: contiguous tensor that a view depends on.
 _views: dict[tuple[Any, ...], CudaWeight] = {}
 _MAX_VIEWS = 1 << 14
@@ -144,7 +144,7 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None) -> Tensor:
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad, to which the weight is rounded, too.
 
-    The columns of the weight are unpacked and multiplied in parts that fit in the L2 cache; each sum stays in one product.
+    The columns of the weight are unpacked and multiplied in parts that fit in the L2 cache. Each sum is in one product.
     """
     grad, tokens, _ = rows_of(grad)
     rows, cols = weight.rows, weight.cols
