@@ -59,6 +59,7 @@ using Kernel = void (*)(Weight, DecodeOperands);
 struct Launch {
   Kernel kernel;
   int grid, threads, shared;
+  DecodeOperands plan;  // without the call's pointers
 };
 
 int multiprocessors, most_shared;
@@ -87,12 +88,21 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   const int groups = f.bits == 4 && f.block_size == 32 ? 8 : 4;
   const int stage = 2048 + 64 * groups * (f.has_shift ? 2 : 1);
   const int tables = (f.bits == 4 ? 65536 : 0) + (f.storage == Storage::kDouble ? 8192 : 0);
+  const int in_gaps = f.bits == 4 ? 32768 : 0;
   const int grid = std::min(multiprocessors, shape.rows);
-  const int rows = (shape.rows + grid - 1) / grid, tiles = (rows + 15) / 16;
+  const int units = (shape.cols * f.bits / 8 + 127) / 128;
+  const int tiles = ((shape.rows + grid - 1) / grid + 15) / 16;
   const int tile = 64 * warps * round_up_columns(tokens);
-  const int sums = std::max(tiles * tile - (f.bits == 4 ? 32768 : 0), 0);
   const int fixed = tables + warps * lowbit::kSlots * stage;
-  return {pick(f, is_bfloat16, is_wide), grid, warps * 32, std::min(most_shared, fixed + sums)};
+  const int shared = std::min(most_shared, fixed + std::max(tiles * tile - in_gaps, 0));
+  const int room = (in_gaps + shared - fixed) / tile, passes = (tiles + room - 1) / room;
+  DecodeOperands o = {};
+  o.tokens = tokens;
+  o.rows_each = shape.rows / grid, o.rows_rest = shape.rows % grid;
+  o.full_rounds = units / warps, o.rest_units = units % warps;
+  o.rest_parts = o.rest_units > 0 ? warps / o.rest_units : 1;
+  o.tiles_a_pass = (tiles + passes - 1) / passes;
+  return {pick(f, is_bfloat16, is_wide), grid, warps * 32, shared, o};
 }
 
 void launch(const Launch& l, const Weight& w, DecodeOperands operands, cudaStream_t stream, bool is_dependent) {
@@ -209,9 +219,9 @@ Weight weight(const Data& d, const Format& f, const Shape& s, int copy) {
   return w;
 }
 
-DecodeOperands operands(const Data& d, const Shape& s, int tokens, bool has_bias) {
-  DecodeOperands o = {};
-  o.x = d.x, o.out = d.out, o.x_stride = s.cols, o.tokens = tokens;
+DecodeOperands operands(const Data& d, const Launch& l, const Shape& s, bool has_bias) {
+  DecodeOperands o = l.plan;
+  o.x = d.x, o.out = d.out, o.x_stride = s.cols;
   o.bias = has_bias ? d.bias : nullptr, o.bias_dtype = Dtype::kFloat32;
   return o;
 }
@@ -255,12 +265,12 @@ double error_of(Data& d, const Format& f, const Shape& s, int tokens, bool is_bf
                 bool* is_same) {
   const Dtype activation = is_bfloat16 ? Dtype::kBfloat16 : Dtype::kFloat16;
   const Weight w = weight(d, f, s, 0);
-  const DecodeOperands o = operands(d, s, tokens, true);
+  const Launch l = plan(f, s, tokens, is_bfloat16, warps);
+  const DecodeOperands o = operands(d, l, s, true);
   const size_t count = size_t(tokens) * s.rows;
   multiply_in_fp64<<<s.rows, 256>>>(w, o, activation, d.reference);
   std::vector<uint16_t> first(count), second(count);
   std::vector<double> expected(count);
-  const Launch l = plan(f, s, tokens, is_bfloat16, warps);
   for (std::vector<uint16_t>* to : {&first, &second}) {
     CHECK(cudaMemset(d.out, 0xff, count * 2));
     launch(l, w, o, nullptr, is_dependent);
@@ -344,7 +354,7 @@ double linear_seconds(const Data& d, const Format& f, const Shape& s, int tokens
   const Launch l = plan(f, s, tokens, is_bfloat16, warps);
   std::vector<Weight> weights;
   for (int i = 0; i < copies; ++i) weights.push_back(weight(d, f, s, i));
-  const DecodeOperands o = operands(d, s, tokens, false);
+  const DecodeOperands o = operands(d, l, s, false);
   return seconds_of([&](int i, cudaStream_t stream) { launch(l, weights[i], o, stream, is_dependent); }, copies);
 }
 

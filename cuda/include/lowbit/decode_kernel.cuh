@@ -19,6 +19,7 @@ struct Decoder {
   int lane = threadIdx.x % kLanes;
   // The lane's place in fragments.
   int g = lane / 4, t = lane % 4;
+  int cols;
   RowShare rows;
   UnitShare share;
   Sums<Shape> sums;
@@ -34,33 +35,32 @@ struct Decoder {
   };
 
   __device__ __forceinline__ Decoder(const Weight& w_, const DecodeOperands& operands_, uint8_t* memory_)
-      : w(w_), operands(operands_), memory(memory_), rows(static_cast<int>(w_.rows)),
-        share(static_cast<int>((w_.cols + Shape::kUnit - 1) / Shape::kUnit), warp, warps),
+      : w(w_), operands(operands_), memory(memory_), cols(static_cast<int>(w_.cols)), rows(operands_), share(operands_, warp, warps),
         sums(memory_, warps, operands_.tokens) {}
 
   __device__ __forceinline__ void run() {
     allow_next_kernel();
-    // What all wait for is asked for before the weights fill the queues of the memory; in a dependent launch, the activations
-    // are not there yet.
-    const float code = Shape::kBits == 4 ? codebook_value() : 0.0f;
-    const float map_value = kHasMap && threadIdx.x < 256 ? lowbit_dynamic_map[threadIdx.x] : 0.0f;
     if (kHasMap) scale_offset = *w.scale_offset;
+    // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of the
+    // previous kernel; weights are not.
     Unit unit;
-    if (!operands.is_dependent && share.rounds > 0) load_unit(unit, share.unit(0));
+    const bool has_unit = share.rounds > 0;
+    if (has_unit && !operands.is_dependent) unit.x.load(operands, cols, share.unit(0), lane);
 
-    const int passes = max((rows.tiles + sums.place.tiles - 1) / sums.place.tiles, 1);
-    const int tiles_a_pass = (rows.tiles + passes - 1) / passes;
+    const int tiles_a_pass = operands.tiles_a_pass;
     Ring<Shape> ring(w, rows, share, tiles_a_pass,
                      shared_address(memory) + Shape::kRings + warp * (kSlots * Shape::kStageBytes), lane);
+    copy_tables_async();
 #pragma unroll 1
     for (int i = 0; i < kSlots; ++i) ring.refill();
 
-    if (Shape::kBits == 4) write_pair_table<T>(memory, code, warp, warps, lane);
-    if (kHasMap) write_scale_map(map_value);
     if (operands.is_dependent) {
       wait_for_previous_kernel();
-      if (share.rounds > 0) load_unit(unit, share.unit(0));
+      if (has_unit) unit.x.load(operands, cols, share.unit(0), lane);
     }
+    wait_for_copies<kSlots>();
+    __syncwarp();
+    if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
     for (int begin = 0; begin < rows.tiles; begin += tiles_a_pass) {
       const int end = min(begin + tiles_a_pass, rows.tiles);
       __syncthreads();
@@ -76,32 +76,33 @@ struct Decoder {
   }
 
  private:
-  __device__ __forceinline__ float codebook_value() const {
-    const int code = lane % kCodebookLength;
-    if (w.codebook == nullptr) return w.table[code];
-    return code < w.codebook_length ? w.codebook[code] : 0.0f;
-  }
-
   __device__ __forceinline__ float* scale_map() const { return reinterpret_cast<float*>(memory + Shape::kScaleMap); }
 
-  // Thread i has value i. A block has at least 256 threads, or fewer and the loop makes up for it.
-  __device__ __forceinline__ void write_scale_map(float value) const {
-    for (int code = threadIdx.x; code < 256; code += blockDim.x) {
-      if (code >= static_cast<int>(blockDim.x)) value = lowbit_dynamic_map[code];
-      float4* copies = reinterpret_cast<float4*>(scale_map() + code * kScaleMapCopies);
-      copies[0] = copies[1] = make_float4(value, value, value, value);
+  // A warp's own copy of the codebook, in a gap of the pair table that sums take later.
+  __device__ __forceinline__ float* codebook_copy() const {
+    return reinterpret_cast<float*>(memory + warp * kTableStride + kGap);
+  }
+
+  // Starts the copies of what the tables are made of, as one group.
+  __device__ __forceinline__ void copy_tables_async() const {
+    if (Shape::kBits == 4 && lane < kCodebookLength) {
+      if (w.codebook == nullptr) codebook_copy()[lane] = w.table[lane];
+      else copy_4_async(shared_address(codebook_copy() + lane), w.codebook + lane, lane < w.codebook_length);
     }
+    if (kHasMap) {
+      for (int i = threadIdx.x; i < 256 * kScaleMapCopies; i += blockDim.x) {
+        copy_4_async(shared_address(scale_map() + i), lowbit_dynamic_map + i / kScaleMapCopies, true);
+      }
+    }
+    commit_copies();
   }
 
-  __device__ __forceinline__ void load_unit(Unit& unit, int index) const {
-    unit.x.load(operands, w.cols, index, lane);
-  }
-
-  // Derived from the activations: apart from their load, which nobody has to wait for until then.
-  __device__ __forceinline__ void prepare_unit(Unit& unit, int index, const Ring<Shape>& ring) const {
-    unit.scale_bits_below = ring.scales.bits_below(rows.first + g, index);
-    unit.shift_bits_below = Shape::kShift ? ring.shifts.bits_below(rows.first + g, index) : 0;
+  // What follows from a unit's activations.
+  __device__ __forceinline__ void prepare(Unit& unit, int index) const {
+    const int row = rows.first + g;
+    unit.scale_bits_below = Ring<Shape>::bits_below(w, Shape::kLogScaleBytes, row, index);
     if constexpr (Shape::kShift) {
+      unit.shift_bits_below = Ring<Shape>::bits_below(w, Ring<Shape>::log_shift_bytes(w), row, index);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -113,15 +114,19 @@ struct Decoder {
   __device__ __forceinline__ void visit_tiles(Unit& unit, Ring<Shape>& ring, int begin, int end) const {
     for (int round = 0; round < share.rounds; ++round) {
       const int index = share.unit(round);
-      if (round > 0 || (begin > 0 && share.rounds > 1)) load_unit(unit, index);
-      prepare_unit(unit, index, ring);
-      const int end_tile = share.end_tile(round, begin, end);
+      if (round > 0 || (begin > 0 && share.rounds > 1)) unit.x.load(operands, cols, index, lane);
+      prepare(unit, index);
+      if (round + 1 < share.rounds) {
+        Activations<T, Shape, kTokenTiles>::prefetch(operands, cols, share.unit(round + 1), lane);
+      }
+      const int first_tile = share.first_tile(round, begin, end), end_tile = share.end_tile(round, begin, end);
+      uint32_t offset = sums.offset_of_lane(first_tile - begin, warp, lane);
 #pragma unroll 1
-      for (int tile = share.first_tile(round, begin, end); tile < end_tile; ++tile) {
+      for (int tile = first_tile; tile < end_tile; ++tile, offset += warps * sums.bytes_of_warp()) {
         float d[kTokenTiles][4] = {};
-        if (round > 0 || share.full_rounds == 0) sums.load(d, tile - begin, warp, lane);
+        if (round > 0 || share.full_rounds == 0) sums.load(d, offset, lane);
         visit(unit, ring, d);
-        sums.store(d, tile - begin, warp, lane);
+        sums.store(d, offset, lane);
       }
     }
   }
@@ -158,7 +163,7 @@ struct Decoder {
   template <int kQuad>
   __device__ __forceinline__ void read_quad(const uint8_t* stage, const Unit& unit, FourNumbers (&scale)[2],
                                             FourNumbers (&shift)[2]) const {
-    const int log_share = max(w.block_shift < 0 ? 31 : w.block_shift, kLogGroup) - kLogGroup;
+    const int log_share = max(Ring<Shape>::log_block(w) - Shape::kLogGroup, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint8_t* row = stage + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes;
@@ -177,7 +182,6 @@ struct Decoder {
       }
     }
   }
-  static constexpr int kLogGroup = Shape::kGroup == 64 ? 6 : 5;
 
   template <int kQuad>
   __device__ __forceinline__ void multiply_quad(const Codes<Shape>& codes, const FourNumbers (&scale)[2],

@@ -103,26 +103,38 @@ struct Activations {
   static constexpr int kWords = Shape::kLaneCols / 2;
   uint32_t words[kTokenTiles][Shape::kGroups][kWords];
 
-  // What lies outside x becomes 0.
-  __device__ __forceinline__ void load(const DecodeOperands& operands, int64_t cols, int unit, int lane) {
+  // Columns of operand B that are no tokens repeat the last one: nobody reads what becomes of them. In-features past the end
+  // become 0.
+  __device__ __forceinline__ void load(const DecodeOperands& operands, int cols, int unit, int lane) {
     const int g = lane >> 2, t = lane & 3;
+    const int col = unit * Shape::kUnit, groups = (cols - col) / Shape::kGroup;
 #pragma unroll
     for (int tile = 0; tile < kTokenTiles; ++tile) {
-      const int token = tile * kTokenTile + g;
-      const T* row = static_cast<const T*>(operands.x) + token * operands.x_stride;
+      const uint32_t token = min(tile * kTokenTile + g, operands.tokens - 1);
+      const T* from = static_cast<const T*>(operands.x) + static_cast<uint64_t>(token) * operands.x_stride +
+                      (col + t * Shape::kLaneCols);
 #pragma unroll
       for (int group = 0; group < Shape::kGroups; ++group) {
-        const int64_t col = static_cast<int64_t>(unit) * Shape::kUnit + group * Shape::kGroup;
-        const bool is_inside = token < operands.tokens && col < cols;
 #pragma unroll
         for (int i = 0; i < kWords; i += 4) {
-          uint4 part = make_uint4(0, 0, 0, 0);
-          if (is_inside) part = load_16_constant(row + col + t * Shape::kLaneCols + i * 2);
+          const uint4 part = load_16_if(from + group * Shape::kGroup + i * 2, group < groups);
           words[tile][group][i] = part.x;
           words[tile][group][i + 1] = part.y;
           words[tile][group][i + 2] = part.z;
           words[tile][group][i + 3] = part.w;
         }
+      }
+    }
+  }
+
+  // Brings a unit's activations nearer: a line of 128 bytes a lane.
+  static __device__ __forceinline__ void prefetch(const DecodeOperands& operands, int cols, int unit, int lane) {
+    constexpr int kLineCols = 64, kLines = Shape::kUnit / kLineCols;
+#pragma unroll
+    for (int i = 0; i < kTokenTiles * kTokenTile * kLines; i += kLanes) {
+      const int token = (i + lane) / kLines, col = unit * Shape::kUnit + lane % kLines * kLineCols;
+      if (token < operands.tokens && col < cols) {
+        prefetch_line(static_cast<const T*>(operands.x) + static_cast<uint64_t>(token) * operands.x_stride + col);
       }
     }
   }

@@ -10,46 +10,73 @@ namespace lowbit {
 // a lane, meet a bank twice.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return chunk ^ ((row & 3) << 1 | (row >> 2 & 1)); }
 
-// Scales or shifts as they are stored: `blocks_per_row` numbers of 1, 2 or 4 bytes a row.
-struct BlockNumbers {
-  const uint8_t* base;
-  int64_t per_row;
-  int log_bytes;      // log2 of a number's bytes
-  int log_words;      // log2 of the 4-byte words that hold a row's numbers of a unit
-  int block_shift;    // log2(block_size); 31 where a row is a block
-  int unit_shift;     // log2 of a unit's in-features
+// The row of a lane that has nothing to copy: past every tile.
+constexpr int kNoRow = 1 << 30;
 
-  __device__ __forceinline__ BlockNumbers(const Weight& w, const void* base_, int log_bytes_, int unit_shift_)
-      : base(static_cast<const uint8_t*>(base_)), per_row(w.blocks_per_row), log_bytes(log_bytes_),
-        block_shift(w.block_shift < 0 ? 31 : w.block_shift), unit_shift(unit_shift_) {
-    log_words = max(max(unit_shift - block_shift, 0) + log_bytes - 2, 0);
+// Copies the codes of 16 rows of a unit, tile after tile: 8 lanes a row, 4 rows at once.
+template <typename Shape>
+struct CodeCopier {
+  static constexpr int kChunks = kUnitBytes / 16, kRowsAtOnce = kLanes / kChunks;
+  const uint8_t* from;
+  uint32_t step;  // bytes from a lane's row to its next
+  uint32_t to;   // in a stage, for the first rows; later ones have the same swizzle or that of the row 4 further
+  int row;       // of the tile; past every tile where the unit has no such columns
+
+  __device__ __forceinline__ void enter(const Weight& w, int unit, int first_row, int lane) {
+    const int chunk = lane % kChunks, lane_row = lane / kChunks;
+    const uint32_t row_bytes = static_cast<uint32_t>(w.row_codes) * Shape::kBits / 8;
+    const uint32_t column = unit * kUnitBytes + chunk * 16;
+    from = w.codes + column + static_cast<uint64_t>(first_row + lane_row) * row_bytes;
+    step = kRowsAtOnce * row_bytes;
+    to = lane_row * kUnitBytes + swizzled(lane_row, chunk) * 16;
+    row = column < static_cast<uint32_t>(w.cols) * Shape::kBits / 8 ? lane_row : kNoRow;
   }
 
-  __device__ __forceinline__ int first_block(int unit) const {
-    return static_cast<int>((static_cast<int64_t>(unit) << unit_shift) >> block_shift);
-  }
-  // Bits below a row's first number of a unit in the word that holds it. Rows 4 apart have the same.
-  __device__ __forceinline__ int bits_below(int row, int unit) const {
-    return ((row * static_cast<int>(per_row) + first_block(unit)) << log_bytes & 3) * 8;
+  __device__ __forceinline__ void copy(uint32_t stage, int rows_left) {
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
+      const uint32_t place = i % 2 == 0 ? stage + to : stage + (to ^ 16);
+      copy_16_async(place + i * kRowsAtOnce * kUnitBytes, from, row + i * kRowsAtOnce < rows_left);
+      from += step;
+    }
   }
 
-  // Copies the words of 16 rows; numbers past the end of a row become 0.
-  __device__ __forceinline__ void copy_async(uint32_t to, int stride, int row, int rows, int unit, int lane) const {
-    const int block = first_block(unit);
-#pragma unroll 1
-    for (int i = lane; i < kTileRows << log_words; i += kLanes) {
-      const int tile_row = i >> log_words, word = i & ((1 << log_words) - 1);
-      const int64_t number = (row + tile_row) * per_row + block;
-      const uint8_t* from = base + ((number << log_bytes & ~int64_t{3}) + word * 4);
-      const bool is_inside = tile_row < rows && block + (word << 2 >> log_bytes) < per_row;
-      copy_4_async(to + tile_row * stride + word * 4, from, is_inside);
+};
+
+// Copies scales or shifts, tile after tile: kWords 4-byte words a row, of which long blocks leave some unused.
+template <int kWords, int kStride>
+struct NumberCopier {
+  static constexpr int kRowsAtOnce = kLanes / kWords < kTileRows ? kLanes / kWords : kTileRows;
+  const uint8_t* from;
+  uint32_t step;
+  uint32_t to;
+  int row;
+
+  // The numbers have 2^log_bytes bytes; a row has `count` of the unit, the first of them `first`. Where they are smaller than a
+  // word, the word around them is copied. Past the end of a row they become 0.
+  __device__ __forceinline__ void enter(const void* numbers, int log_bytes, uint32_t per_row, uint32_t first, int count,
+                                        int first_row, int lane) {
+    const int lane_row = lane / kWords, word = lane % kWords, number = word << 2 >> log_bytes;
+    const uint64_t byte = (static_cast<uint64_t>(first_row + lane_row) * per_row + first) << log_bytes;
+    from = static_cast<const uint8_t*>(numbers) + ((byte & ~uint64_t{3}) + word * 4);
+    step = kRowsAtOnce * per_row << log_bytes;
+    to = lane_row * kStride + word * 4;
+    row = number < count && first + number < per_row ? lane_row : kNoRow;
+  }
+
+  __device__ __forceinline__ void copy(uint32_t stage, int rows_left, int lane) {
+#pragma unroll
+    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
+      if (kRowsAtOnce * kWords == kLanes || lane < kRowsAtOnce * kWords) {
+        copy_4_async(stage + to + i * kRowsAtOnce * kStride, from, row + i * kRowsAtOnce < rows_left);
+      }
+      from += step;
     }
   }
 };
 
-__device__ __forceinline__ int log_bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 2 : 1; }
-
-// Fills a warp's ring with visit after visit.
+// Fills a warp's ring, visit after visit, in the order in which the sums are built: for each pass over as many tiles as have
+// room, for each round, for each tile.
 template <typename Shape>
 struct Ring {
   const Weight& w;
@@ -58,64 +85,90 @@ struct Ring {
   int tiles_a_pass;
   uint32_t base;
   int lane;
-  BlockNumbers scales, shifts;
-  Cursor next;
   int slot = 0;
-
-  static constexpr int kLogScaleBytes = Shape::kScales == Scales::k32 ? 2 : Shape::kScales == Scales::k16 ? 1 : 0;
-  static constexpr int kUnitShift = Shape::kBits == 4 ? 8 : 7;
+  // The next visit.
+  int pass_begin = 0, pass_end, round = 0, tile, tile_end, rows_left;
+  CodeCopier<Shape> codes;
+  NumberCopier<Shape::kScaleWords, Shape::kScaleBytes> scales;
+  NumberCopier<Shape::kShiftWords, Shape::kScaleBytes> shifts;
+  uint64_t scale_row;  // of a double-quantized weight: the number of the lane's row's first scale
 
   __device__ __forceinline__ Ring(const Weight& w_, const RowShare& rows_, const UnitShare& share_, int tiles_a_pass_,
                                   uint32_t base_, int lane_)
-      : w(w_), rows(rows_), share(share_), tiles_a_pass(tiles_a_pass_), base(base_), lane(lane_),
-        scales(w_, w_.scales, kLogScaleBytes, kUnitShift),
-        shifts(w_, w_.shifts, log_bytes_of(w_.scale_dtype), kUnitShift) {
-    next.start(share, rows.tiles, tiles_a_pass);
+      : w(w_), rows(rows_), share(share_), tiles_a_pass(tiles_a_pass_), base(base_), lane(lane_) {
+    pass_end = share.rounds > 0 ? min(tiles_a_pass, rows.tiles) : 0;
+    if (pass_end > 0) enter_round();
   }
 
   // Starts the copies of the next visit, if there is one, into the slot that was read last.
   __device__ __forceinline__ void refill() {
-    if (!next.is_done()) {
-      copy_visit(share.unit(next.round), rows.first + next.tile * kTileRows, rows.count - next.tile * kTileRows);
-      next.advance(share, rows.tiles, tiles_a_pass);
+    if (pass_begin < pass_end) {
+      copy_visit(base + slot * Shape::kStageBytes);
+      rows_left -= kTileRows;
+      if (++tile == tile_end) {
+        ++round;
+        enter_round();
+      }
     }
     commit_copies();
     slot = slot + 1 == kSlots ? 0 : slot + 1;
   }
 
  private:
-  __device__ __forceinline__ void copy_visit(int unit, int row, int rows_left) const {
-    const uint32_t stage = base + slot * Shape::kStageBytes;
-    copy_codes(stage, unit, row, rows_left);
-    scales.copy_async(stage + Shape::kCodesBytes, Shape::kScaleBytes, row, rows_left, unit, lane);
-    if (Shape::kScales == Scales::kDouble) copy_scale_2(stage + Shape::kCodesBytes, unit, row, rows_left);
-    if (Shape::kShift) shifts.copy_async(stage + Shape::kShiftOffset, Shape::kScaleBytes, row, rows_left, unit, lane);
-  }
-
-  // 8 lanes copy the 128 bytes of a row.
-  __device__ __forceinline__ void copy_codes(uint32_t stage, int unit, int row, int rows_left) const {
-    constexpr int kChunks = kUnitBytes / 16, kRowsAtOnce = kLanes / kChunks;
-    const int chunk = lane % kChunks, lane_row = lane / kChunks;
-    const int64_t row_bytes = w.row_codes * Shape::kBits / 8;
-    const int64_t column = static_cast<int64_t>(unit) * kUnitBytes + chunk * 16;
-    const bool is_column = column < w.cols * Shape::kBits / 8;
-    const uint8_t* from = w.codes + ((row + lane_row) * row_bytes + column);
-#pragma unroll
-    for (int i = 0; i < kTileRows / kRowsAtOnce; ++i) {
-      const int tile_row = lane_row + i * kRowsAtOnce;
-      const bool is_inside = is_column && tile_row < rows_left;
-      copy_16_async(stage + tile_row * kUnitBytes + swizzled(tile_row, chunk) * 16, from, is_inside);
-      from += kRowsAtOnce * row_bytes;
-    }
+  __device__ __forceinline__ void copy_visit(uint32_t stage) {
+    codes.copy(stage, rows_left);
+    scales.copy(stage + Shape::kCodesBytes, rows_left, lane);
+    if constexpr (Shape::kScales == Scales::kDouble) copy_scale_2(stage + Shape::kCodesBytes + Shape::kScale2Offset);
+    if constexpr (Shape::kShift) shifts.copy(stage + Shape::kShiftOffset, rows_left, lane);
   }
 
   // All numbers of a unit and a row share one entry: the host admits no others.
-  __device__ __forceinline__ void copy_scale_2(uint32_t to, int unit, int row, int rows_left) const {
-    if (lane >= kTileRows) return;
-    const bool is_inside = lane < rows_left;
-    const int64_t number = (row + lane) * scales.per_row + scales.first_block(unit);
-    const float* from = w.scale_2 + (is_inside ? number / kScalesPerScale2 : 0);
-    copy_4_async(to + lane * Shape::kScaleBytes + Shape::kScale2Offset, from, is_inside);
+  __device__ __forceinline__ void copy_scale_2(uint32_t to) {
+    if (lane < kTileRows) {
+      const bool is_inside = lane < rows_left;
+      copy_4_async(to + lane * Shape::kScaleBytes, w.scale_2 + (is_inside ? scale_row / kScalesPerScale2 : 0), is_inside);
+    }
+    scale_row += kTileRows * static_cast<uint32_t>(w.blocks_per_row);
+  }
+
+  // Moves on to the next round in which this warp has a tile.
+  __device__ __forceinline__ void enter_round() {
+    while (true) {
+      if (round == share.rounds) {
+        round = 0;
+        pass_begin = pass_end;
+        pass_end = min(pass_end + tiles_a_pass, rows.tiles);
+      }
+      if (pass_begin >= pass_end) return;
+      tile = share.first_tile(round, pass_begin, pass_end);
+      tile_end = share.end_tile(round, pass_begin, pass_end);
+      if (tile < tile_end) break;
+      ++round;
+    }
+    enter_unit(share.unit(round), rows.first + tile * kTileRows);
+  }
+
+  __device__ __forceinline__ void enter_unit(int unit, int row) {
+    rows_left = rows.count - tile * kTileRows;
+    codes.enter(w, unit, row, lane);
+    const uint32_t per_row = static_cast<uint32_t>(w.blocks_per_row), first = first_block(w, unit);
+    const int count = max(Shape::kUnit >> log_block(w), 1);
+    scales.enter(w.scales, Shape::kLogScaleBytes, per_row, first, count, row, lane);
+    if constexpr (Shape::kScales == Scales::kDouble) scale_row = static_cast<uint64_t>(row + lane) * per_row + first;
+    if constexpr (Shape::kShift) shifts.enter(w.shifts, log_shift_bytes(w), per_row, first, count, row, lane);
+  }
+
+ public:
+  static __device__ __forceinline__ int log_block(const Weight& w) { return w.block_shift < 0 ? 31 : w.block_shift; }
+  static __device__ __forceinline__ uint32_t first_block(const Weight& w, int unit) {
+    return static_cast<uint32_t>(unit << Shape::kLogUnit) >> log_block(w);
+  }
+  static __device__ __forceinline__ int log_shift_bytes(const Weight& w) {
+    return Shape::kScales == Scales::k32 || w.scale_dtype == Dtype::kFloat32 ? 2 : 1;
+  }
+  // Bits below a row's first number of a unit in the word that holds it. Rows 4 apart have the same.
+  static __device__ __forceinline__ int bits_below(const Weight& w, int log_bytes, int row, int unit) {
+    return ((row * static_cast<uint32_t>(w.blocks_per_row) + first_block(w, unit)) << log_bytes & 3) * 8;
   }
 };
 

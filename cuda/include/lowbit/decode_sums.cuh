@@ -5,51 +5,56 @@
 
 namespace lowbit {
 
-// Where the sums of a CTA lie: [tile of the pass][warp][row of the tile][columns], columns = 2^log_columns tokens.
+// Where the sums of a CTA lie: [tile of the pass][warp][row of the tile][column], 2^log_columns tokens as columns.
 template <typename Shape>
 struct Sums {
   uint8_t* memory;
-  DecodeMemory<Shape> place;
   int warps;
   int log_columns;
-
-  static __device__ __forceinline__ int log_columns_of(int tokens) {
-    return tokens > 8 ? 4 : tokens > 4 ? 3 : tokens > 2 ? 2 : 1;
-  }
+  uint32_t spare;
 
   __device__ __forceinline__ Sums(uint8_t* memory_, int warps_, int tokens)
-      : memory(memory_), place(warps_, warps_ * kTileRows * 4 << log_columns_of(tokens)), warps(warps_),
-        log_columns(log_columns_of(tokens)) {}
+      : memory(memory_), warps(warps_), log_columns(tokens > 8 ? 4 : tokens > 4 ? 3 : tokens > 2 ? 2 : 1),
+        spare(Shape::kRings + warps_ * (kSlots * Shape::kStageBytes)) {}
 
-  __device__ __forceinline__ float2& at(int tile, int warp, int number) const {
-    const uint32_t bytes_of_warp = kTileRows * 4 << log_columns;
-    return *reinterpret_cast<float2*>(memory + place.sums((tile * warps + warp) * bytes_of_warp + number * 4));
+  __device__ __forceinline__ uint32_t bytes_of_warp() const { return kTileRows * 4 << log_columns; }
+
+  // Where byte `offset` of the sums lies: in the gaps of the pair table as long as there are any.
+  __device__ __forceinline__ float2& at(uint32_t offset) const {
+    const uint32_t in_gap = kGap + offset + (offset & ~(kGap - 1u));
+    const uint32_t place = offset < Shape::kSumsInGaps ? in_gap : spare + offset - Shape::kSumsInGaps;
+    return *reinterpret_cast<float2*>(memory + place);
+  }
+
+  // The offset of row g and column 2 t.
+  __device__ __forceinline__ uint32_t offset_of_lane(int tile, int warp, int lane) const {
+    return (tile * warps + warp) * bytes_of_warp() + (lane / 4 << log_columns) * 4 + lane % 4 * 8;
   }
 
   // What a lane holds of operand D: rows g and g + 8, columns 2 t and 2 t + 1 of each tile of tokens.
   template <int kTokenTiles>
-  __device__ __forceinline__ void load(float (&d)[kTokenTiles][4], int tile, int warp, int lane) const {
+  __device__ __forceinline__ void load(float (&d)[kTokenTiles][4], uint32_t offset, int lane) const {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       if (!has_columns(n, lane)) continue;
-      const float2 upper = at(tile, warp, number_of(n, lane)), lower = at(tile, warp, number_of(n, lane) + (8 << log_columns));
+      const float2 upper = at(offset + n * 32), lower = at(offset + n * 32 + bytes_of_warp() / 2);
       d[n][0] = upper.x, d[n][1] = upper.y, d[n][2] = lower.x, d[n][3] = lower.y;
     }
   }
 
   template <int kTokenTiles>
-  __device__ __forceinline__ void store(const float (&d)[kTokenTiles][4], int tile, int warp, int lane) const {
+  __device__ __forceinline__ void store(const float (&d)[kTokenTiles][4], uint32_t offset, int lane) const {
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       if (!has_columns(n, lane)) continue;
-      at(tile, warp, number_of(n, lane)) = make_float2(d[n][0], d[n][1]);
-      at(tile, warp, number_of(n, lane) + (8 << log_columns)) = make_float2(d[n][2], d[n][3]);
+      at(offset + n * 32) = make_float2(d[n][0], d[n][1]);
+      at(offset + n * 32 + bytes_of_warp() / 2) = make_float2(d[n][2], d[n][3]);
     }
   }
 
   __device__ __forceinline__ void clear(int tiles) const {
-    const int pairs = (kTileRows << log_columns) / 2;
-    for (int i = threadIdx.x; i < tiles * warps * pairs; i += blockDim.x) at(0, 0, 2 * i) = make_float2(0.0f, 0.0f);
+    const int bytes = tiles * warps * bytes_of_warp();
+    for (int offset = threadIdx.x * 8; offset < bytes; offset += blockDim.x * 8) at(offset) = make_float2(0.0f, 0.0f);
   }
 
   // Adds up the warps' sums, in their order, and writes `rows` rows of the results.
@@ -60,11 +65,11 @@ struct Sums {
     const int pairs = (rows + kTileRows - 1) / kTileRows * kTileRows << log_pairs;
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
       const int row = i >> log_pairs, token = (i & ((1 << log_pairs) - 1)) * 2;
-      const int tile = row / kTileRows, number = (row % kTileRows << log_columns) + token;
+      uint32_t offset = row / kTileRows * warps * bytes_of_warp() + (row % kTileRows << log_columns) * 4 + token * 4;
       float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll 8
-      for (int warp = 0; warp < warps; ++warp) {
-        const float2 part = at(tile, warp, number);
+#pragma unroll 4
+      for (int warp = 0; warp < warps; ++warp, offset += bytes_of_warp()) {
+        const float2 part = at(offset);
         sum.x += part.x;
         sum.y += part.y;
       }
@@ -80,9 +85,6 @@ struct Sums {
  private:
   __device__ __forceinline__ bool has_columns(int token_tile, int lane) const {
     return token_tile * kTokenTile + lane % 4 * 2 < 1 << log_columns;
-  }
-  __device__ __forceinline__ int number_of(int token_tile, int lane) const {
-    return (lane / 4 << log_columns) + token_tile * kTokenTile + lane % 4 * 2;
   }
 };
 

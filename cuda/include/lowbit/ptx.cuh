@@ -13,11 +13,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // Copies 16 bytes from global to shared memory in the background; writes zeros and reads nothing unless `is_inside`.
 __device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, bool is_inside) {
-#ifndef LOWBIT_L2
-#define LOWBIT_L2 ".L2::256B"
-#endif
-  asm volatile("cp.async.cg.shared.global" LOWBIT_L2 " [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_inside ? 16 : 0)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_inside ? 16 : 0) : "memory");
 }
 
 // As `copy_16_async`, 4 bytes.
@@ -49,15 +45,24 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// A 16-byte load of what nobody writes while the kernel runs.
-__device__ __forceinline__ uint4 load_16_constant(const void* from) {
-  return __ldg(static_cast<const uint4*>(from));
+// Loads 16 bytes that nobody writes while the kernel runs, or zeros. In one piece, so that the address is made once.
+__device__ __forceinline__ uint4 load_16_if(const void* from, bool is_inside) {
+  uint4 value;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+      : "l"(from), "r"(static_cast<int>(is_inside)));
+  return value;
 }
 
-__device__ __forceinline__ uint32_t dynamic_shared_bytes() {
-  uint32_t bytes;
-  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
-  return bytes;
+// Brings the 128 bytes around `address` into the L1 cache.
+__device__ __forceinline__ void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
 // d = a b + c: a is 16 x 16, b 16 x 8, c and d are 16 x 8 in fp32. Lane 4 g + t holds of a, in pairs of columns, rows g, g + 8,
