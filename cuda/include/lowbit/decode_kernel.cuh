@@ -39,6 +39,8 @@ struct Decoder {
         sums(memory_, warps, operands_.tokens) {}
 
   __device__ __forceinline__ void run() {
+    // The lines of the parameters, all asked for at once.
+    asm volatile("" ::"l"(w.codes), "l"(w.cols), "r"(w.block_shift), "l"(operands.x), "r"(operands.tiles_a_pass));
     allow_next_kernel();
     if (kHasMap) scale_offset = *w.scale_offset;
     // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of the
@@ -49,18 +51,20 @@ struct Decoder {
 
     const int tiles_a_pass = operands.tiles_a_pass;
     Ring<Shape> ring(w, rows, share, tiles_a_pass,
-                     shared_address(memory) + Shape::kRings + warp * (kSlots * Shape::kStageBytes), lane);
+                     shared_address(memory) + Shape::kRings + warp * (Shape::kSlots * Shape::kStageBytes), lane);
     copy_tables_async();
-#pragma unroll 1
-    for (int i = 0; i < kSlots; ++i) ring.refill();
+    // One visit of each warp first, of all SMs. Who gets its first weights late stays late to the end.
+    ring.refill();
 
     if (operands.is_dependent) {
       wait_for_previous_kernel();
       if (has_unit) unit.x.load(operands, cols, share.unit(0), lane);
     }
-    wait_for_copies<kSlots>();
+    wait_for_copies<1>();
     __syncwarp();
     if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
+#pragma unroll 1
+    for (int i = 1; i < Shape::kSlots; ++i) ring.refill();
     for (int begin = 0; begin < rows.tiles; begin += tiles_a_pass) {
       const int end = min(begin + tiles_a_pass, rows.tiles);
       __syncthreads();
@@ -132,9 +136,9 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void visit(const Unit& unit, Ring<Shape>& ring, float (&d)[kTokenTiles][4]) const {
-    wait_for_copies<kSlots - 1>();
+    wait_for_copies<Shape::kSlots - 1>();
     __syncwarp();
-    const uint8_t* stage = memory + Shape::kRings + (warp * kSlots + ring.slot) * Shape::kStageBytes;
+    const uint8_t* stage = memory + Shape::kRings + (warp * Shape::kSlots + ring.slot) * Shape::kStageBytes;
     Codes<Shape> codes;
     codes.read(stage, g * kUnitBytes + place_in_row());
     // Where all fits into registers, the slot is free before the arithmetic begins.
@@ -163,7 +167,7 @@ struct Decoder {
   template <int kQuad>
   __device__ __forceinline__ void read_quad(const uint8_t* stage, const Unit& unit, FourNumbers (&scale)[2],
                                             FourNumbers (&shift)[2]) const {
-    const int log_share = max(Ring<Shape>::log_block(w) - Shape::kLogGroup, 0);
+    const int log_share = Ring<Shape>::log_share(w);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint8_t* row = stage + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes;
@@ -174,11 +178,11 @@ struct Decoder {
         const Dtype dtype = Shape::kScales == Scales::k32 ? Dtype::kFloat32 : w.scale_dtype;
         scale[half] = read_numbers(row, kQuad, dtype, unit.scale_bits_below);
       }
-      spread(scale[half], log_share);
+      if (Shape::kScales != Scales::k32) spread(scale[half], log_share);
       if constexpr (Shape::kShift) {
         const Dtype dtype = Shape::kScales == Scales::k32 ? Dtype::kFloat32 : w.scale_dtype;
         shift[half] = read_numbers(row + kTileRows * Shape::kScaleBytes, kQuad, dtype, unit.shift_bits_below);
-        spread(shift[half], log_share);
+        if (dtype != Dtype::kFloat32) spread(shift[half], log_share);
       }
     }
   }

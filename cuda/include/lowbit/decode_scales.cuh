@@ -10,7 +10,8 @@ struct FourNumbers {
   float of[4];
 };
 
-// Groups that share a block get the block's number: `log_share` is log2 of the groups of a block.
+// Groups that share a block get the block's number: `log_share` is log2 of the groups of a block. Numbers of 4 bytes have been
+// copied for every group.
 __device__ __forceinline__ void spread(FourNumbers& numbers, int log_share) {
   if (log_share == 0) return;
   numbers.of[2] = numbers.of[3] = log_share == 1 ? numbers.of[1] : numbers.of[0];
