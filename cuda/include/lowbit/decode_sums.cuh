@@ -58,42 +58,32 @@ struct Sums {
     for (int offset = threadIdx.x * 8; offset < bytes; offset += blockDim.x * 8) at(offset) = make_float2(0.0f, 0.0f);
   }
 
-  // Adds up the warps' sums, always in the same order, and writes `rows` rows of the results. Four lanes share two neighbouring
-  // tokens of a row.
+  // Adds up the warps' sums, in their order, and writes `rows` rows of the results.
   template <typename T>
   __device__ __forceinline__ void write_results(const DecodeOperands& operands, int64_t out_features, int first_row,
                                                 int rows) const {
-    constexpr int kParts = 4;
-    const int log_pairs = log_columns - 1, part = threadIdx.x % kParts;
-    // A multiple of 16, so that whole warps take part.
-    const int pairs = (rows + kTileRows - 1) / kTileRows * kTileRows << log_pairs;
-    for (int pair = threadIdx.x / kParts; pair < pairs; pair += blockDim.x / kParts) {
-      const int row = pair >> log_pairs, token = (pair & ((1 << log_pairs) - 1)) * 2 + part;
-      const bool is_mine = part < 2 && row < rows && token < operands.tokens;
+    const int log_pairs = log_columns - 1;
+    for (int pair = threadIdx.x; pair < rows << log_pairs; pair += blockDim.x) {
+      const int row = pair >> log_pairs, token = (pair & ((1 << log_pairs) - 1)) * 2;
       float bias = 0.0f;
-      if (is_mine && operands.bias != nullptr) bias = lowbit::load(operands.bias, operands.bias_dtype, first_row + row);
-      const float2 sum = sum_of_warps(row, token - part, part);
-      if (!is_mine) continue;
+      if (operands.bias != nullptr) bias = lowbit::load(operands.bias, operands.bias_dtype, first_row + row);
+      const float2 sum = sum_of_warps(row, token);
       T* out = static_cast<T*>(operands.out) + token * out_features + first_row + row;
-      *out = from_float<T>((part == 0 ? sum.x : sum.y) + bias);
+      if (token < operands.tokens) out[0] = from_float<T>(sum.x + bias);
+      if (token + 1 < operands.tokens) out[out_features] = from_float<T>(sum.y + bias);
     }
   }
 
  private:
-  // Of `token` and the next one, in all four lanes.
-  __device__ __forceinline__ float2 sum_of_warps(int row, int token, int part) const {
+  // Of `token` and the next one.
+  __device__ __forceinline__ float2 sum_of_warps(int row, int token) const {
     float2 sum = make_float2(0.0f, 0.0f);
-    uint32_t offset = (row / kTileRows * warps + part) * bytes_of_warp() + ((row % kTileRows << log_columns) + token) * 4;
+    uint32_t offset = row / kTileRows * warps * bytes_of_warp() + ((row % kTileRows << log_columns) + token) * 4;
 #pragma unroll 4
-    for (int warp = part; warp < warps; warp += 4, offset += 4 * bytes_of_warp()) {
+    for (int warp = 0; warp < warps; ++warp, offset += bytes_of_warp()) {
       const float2 of_warp = at(offset);
       sum.x += of_warp.x;
       sum.y += of_warp.y;
-    }
-#pragma unroll
-    for (int other = 1; other < 4; other *= 2) {
-      sum.x += __shfl_xor_sync(kWholeWarp, sum.x, other);
-      sum.y += __shfl_xor_sync(kWholeWarp, sum.y, other);
     }
     return sum;
   }
