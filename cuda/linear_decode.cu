@@ -49,7 +49,7 @@ __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOpera
   }
 #define LOWBIT_DECODE_TOKENS(type, weight, Shape, scales, kScales)  \
   LOWBIT_DECODE(type, weight, Shape, scales, kScales, 8, 512)       \
-  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 16, 256)
+  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 16, 384)
 #define LOWBIT_DECODE_PLAIN(type, weight, Shape)              \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, scale32, k32)     \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, scale16, k16)

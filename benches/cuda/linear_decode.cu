@@ -62,6 +62,7 @@ struct Launch {
   DecodeOperands plan;  // without the call's pointers
 };
 
+constexpr int kSlots = lowbit::Int8<lowbit::Scales::k32>::kSlots;
 int multiprocessors, most_shared;
 
 Kernel pick(const Format& f, bool is_bfloat16, bool is_wide) {
@@ -84,16 +85,17 @@ int round_up_columns(int tokens) { return tokens > 8 ? 16 : tokens > 4 ? 8 : tok
 
 Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, int warps_asked) {
   const bool is_wide = tokens > 8;
-  const int warps = warps_asked > 0 ? warps_asked : is_wide ? 8 : 16;
+  const int units = (shape.cols * f.bits / 8 + 127) / 128;
+  // 12 warps where the units come out evenly enough, else a number that divides most.
+  const int warps = warps_asked > 0 ? warps_asked : !is_wide ? 16 : units >= 24 ? 12 : 8;
   const int groups = f.bits == 4 && f.block_size == 32 ? 8 : 4;
   const int stage = 2048 + 64 * groups * (f.has_shift ? 2 : 1);
   const int tables = (f.bits == 4 ? 65536 : 0) + (f.storage == Storage::kDouble ? 8192 : 0);
   const int in_gaps = f.bits == 4 ? 32768 : 0;
   const int grid = std::min(multiprocessors, shape.rows);
-  const int units = (shape.cols * f.bits / 8 + 127) / 128;
   const int tiles = ((shape.rows + grid - 1) / grid + 15) / 16;
   const int tile = 64 * warps * round_up_columns(tokens);
-  const int fixed = tables + warps * lowbit::kSlots * stage;
+  const int fixed = tables + warps * kSlots * stage;
   const int shared = std::min(most_shared, fixed + std::max(tiles * tile - in_gaps, 0));
   const int room = (in_gaps + shared - fixed) / tile, passes = (tiles + room - 1) / room;
   DecodeOperands o = {};
@@ -471,7 +473,7 @@ int main(int argc, char** argv) {
   CHECK(cudaGetDeviceProperties(&properties, 0));
   multiprocessors = properties.multiProcessorCount;
   most_shared = static_cast<int>(properties.sharedMemPerBlockOptin);
-  std::printf("%s, %d SMs, slots %d\n", properties.name, multiprocessors, lowbit::kSlots);
+  std::printf("%s, %d SMs, slots %d\n", properties.name, multiprocessors, kSlots);
   Data data;
   int wrong = 0;
   if (mode == "check" || mode == "all") wrong = check_all(data, filter, false);

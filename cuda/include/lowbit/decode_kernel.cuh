@@ -3,6 +3,7 @@
 
 #include "decode_math.cuh"
 #include "decode_scales.cuh"
+#include "decode_shifts.cuh"
 #include "decode_sums.cuh"
 
 namespace lowbit {
@@ -10,6 +11,9 @@ namespace lowbit {
 // One warp at work.
 template <typename T, typename Shape, int kTokenTiles>
 struct Decoder {
+  static constexpr int kQuads = Shape::kGroups / 4;
+  static constexpr bool kHasMap = Shape::kScales == Scales::kDouble;
+
   const Weight& w;
   const DecodeOperands& operands;
   uint8_t* memory;
@@ -25,12 +29,11 @@ struct Decoder {
   Sums<Shape> sums;
   float scale_offset = 0.0f;
 
-  static constexpr bool kHasMap = Shape::kScales == Scales::kDouble;
 
   // A unit's part of a visit: activations, their sums, and how far below a word's start its numbers lie.
   struct Unit {
     Activations<T, Shape, kTokenTiles> x;
-    float2 x_sums[Shape::kShift ? kTokenTiles : 1][Shape::kShift ? Shape::kGroups : 1];
+    GroupSums x_sums[kTokenTiles][kQuads];  // with shifts
     int scale_bits_below, shift_bits_below;
   };
 
@@ -39,6 +42,8 @@ struct Decoder {
         sums(memory_, warps, operands_.tokens) {}
 
   __device__ __forceinline__ void run() {
+    // The lines of the parameters, all asked for at once.
+    asm volatile("" ::"l"(w.codes), "l"(w.cols), "r"(w.block_shift), "l"(operands.x), "r"(operands.tiles_a_pass));
     allow_next_kernel();
     if (kHasMap) scale_offset = *w.scale_offset;
     // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of the
@@ -49,18 +54,20 @@ struct Decoder {
 
     const int tiles_a_pass = operands.tiles_a_pass;
     Ring<Shape> ring(w, rows, share, tiles_a_pass,
-                     shared_address(memory) + Shape::kRings + warp * (kSlots * Shape::kStageBytes), lane);
+                     shared_address(memory) + Shape::kRings + warp * (Shape::kSlots * Shape::kStageBytes), lane);
     copy_tables_async();
-#pragma unroll 1
-    for (int i = 0; i < kSlots; ++i) ring.refill();
+    // One visit of each warp first, of all SMs. Who gets its first weights late stays late to the end.
+    ring.refill();
 
     if (operands.is_dependent) {
       wait_for_previous_kernel();
       if (has_unit) unit.x.load(operands, cols, share.unit(0), lane);
     }
-    wait_for_copies<kSlots>();
+    wait_for_copies<1>();
     __syncwarp();
-    if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
+    write_tables();
+#pragma unroll 1
+    for (int i = 1; i < Shape::kSlots; ++i) ring.refill();
     for (int begin = 0; begin < rows.tiles; begin += tiles_a_pass) {
       const int end = min(begin + tiles_a_pass, rows.tiles);
       __syncthreads();
@@ -83,18 +90,33 @@ struct Decoder {
     return reinterpret_cast<float*>(memory + warp * kTableStride + kGap);
   }
 
-  // Starts the copies of what the tables are made of, as one group.
+  // A piece of 16 values of the map of scales, beside the codebook's copy in the gap of the same number.
+  __device__ __forceinline__ float* scale_map_piece(int piece) const {
+    return reinterpret_cast<float*>(memory + piece * kTableStride + kGap) + kCodebookLength;
+  }
+
+  // Starts the copies of what this warp's share of the tables is made of, as one group.
   __device__ __forceinline__ void copy_tables_async() const {
     if (Shape::kBits == 4 && lane < kCodebookLength) {
       if (w.codebook == nullptr) codebook_copy()[lane] = w.table[lane];
       else copy_4_async(shared_address(codebook_copy() + lane), w.codebook + lane, lane < w.codebook_length);
     }
-    if (kHasMap) {
-      for (int i = threadIdx.x; i < 256 * kScaleMapCopies; i += blockDim.x) {
-        copy_4_async(shared_address(scale_map() + i), lowbit_dynamic_map + i / kScaleMapCopies, true);
+    if (kHasMap && lane < 16) {
+      for (int piece = warp; piece < 16; piece += warps) {
+        copy_4_async(shared_address(scale_map_piece(piece) + lane), lowbit_dynamic_map + piece * 16 + lane, true);
       }
     }
     commit_copies();
+  }
+
+  __device__ __forceinline__ void write_tables() const {
+    if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
+    for (int piece = warp; kHasMap && piece < 16; piece += warps) {
+      // Two lanes write the copies of a value.
+      const float value = scale_map_piece(piece)[lane / 2];
+      float4* copies = reinterpret_cast<float4*>(scale_map() + (piece * 16 + lane / 2) * kScaleMapCopies);
+      copies[lane % 2] = make_float4(value, value, value, value);
+    }
   }
 
   // What follows from a unit's activations.
@@ -106,7 +128,7 @@ struct Decoder {
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int group = 0; group < Shape::kGroups; ++group) unit.x_sums[n][group] = unit.x.sum(n, group);
+        for (int quad = 0; quad < kQuads; ++quad) unit.x_sums[n][quad].set(unit.x.group_sum(n, quad, lane));
       }
     }
   }
@@ -116,9 +138,11 @@ struct Decoder {
       const int index = share.unit(round);
       if (round > 0 || (begin > 0 && share.rounds > 1)) unit.x.load(operands, cols, index, lane);
       prepare(unit, index);
+#ifndef LOWBIT_NO_PREFETCH
       if (round + 1 < share.rounds) {
         Activations<T, Shape, kTokenTiles>::prefetch(operands, cols, share.unit(round + 1), lane);
       }
+#endif
       const int first_tile = share.first_tile(round, begin, end), end_tile = share.end_tile(round, begin, end);
       uint32_t offset = sums.offset_of_lane(first_tile - begin, warp, lane);
 #pragma unroll 1
@@ -132,25 +156,28 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void visit(const Unit& unit, Ring<Shape>& ring, float (&d)[kTokenTiles][4]) const {
-    wait_for_copies<kSlots - 1>();
+    wait_for_copies<Shape::kSlots - 1>();
     __syncwarp();
-    const uint8_t* stage = memory + Shape::kRings + (warp * kSlots + ring.slot) * Shape::kStageBytes;
+    const uint8_t* stage = memory + Shape::kRings + (warp * Shape::kSlots + ring.slot) * Shape::kStageBytes;
     Codes<Shape> codes;
     codes.read(stage, g * kUnitBytes + place_in_row());
-    // Where all fits into registers, the slot is free before the arithmetic begins.
-    FourNumbers scale[2], shift[2];
-    read_quad<0>(stage, unit, scale, shift);
-    if constexpr (Shape::kGroups == 4) {
-      __syncwarp();
-      ring.refill();
-      multiply_quad<0>(codes, scale, shift, unit, d);
-    } else {
-      FourNumbers second_scale[2], second_shift[2];
-      read_quad<1>(stage, unit, second_scale, second_shift);
-      __syncwarp();
-      ring.refill();
-      multiply_quad<0>(codes, scale, shift, unit, d);
-      multiply_quad<1>(codes, second_scale, second_shift, unit, d);
+    FourNumbers scales[kQuads][2];
+    float shifts[kQuads][2];
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      read_scales(scales[quad], stage, quad, unit);
+      if constexpr (Shape::kShift) read_shifts(shifts[quad], stage, quad, unit);
+    }
+    // All is in registers: the slot is free before the arithmetic begins.
+    __syncwarp();
+    ring.refill();
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+#pragma unroll
+      for (int n = 0; Shape::kShift && n < kTokenTiles; ++n) {
+        add_shifts(d[n], shifts[quad][0], shifts[quad][1], unit.x_sums[n][quad]);
+      }
+      multiply_quad(codes, quad, scales[quad], unit, d);
     }
   }
 
@@ -160,48 +187,48 @@ struct Decoder {
     return swizzled(g, byte / 16) * 16 + byte % 16;
   }
 
-  template <int kQuad>
-  __device__ __forceinline__ void read_quad(const uint8_t* stage, const Unit& unit, FourNumbers (&scale)[2],
-                                            FourNumbers (&shift)[2]) const {
-    const int log_share = max(Ring<Shape>::log_block(w) - Shape::kLogGroup, 0);
+  // Of rows g and g + 8, four groups.
+  __device__ __forceinline__ void read_scales(FourNumbers (&scale)[2], const uint8_t* stage, int quad, const Unit& unit) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint8_t* row = stage + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes;
-      if constexpr (Shape::kScales == Scales::kDouble) {
-        scale[half] = read_double_quantized(row, kQuad, Shape::kScale2Offset, scale_map() + g, scale_offset,
-                                            unit.scale_bits_below);
+      if constexpr (Shape::kScales == Scales::k32) {
+        scale[half] = read_float32(row + quad * 16);
+      } else if constexpr (Shape::kScales == Scales::k16) {
+        scale[half] = read_16_bit(row + quad * 8, w.scale_dtype, unit.scale_bits_below);
       } else {
-        const Dtype dtype = Shape::kScales == Scales::k32 ? Dtype::kFloat32 : w.scale_dtype;
-        scale[half] = read_numbers(row, kQuad, dtype, unit.scale_bits_below);
+        scale[half] = read_double_quantized(row + quad * 4, row + Shape::kScale2Offset, scale_map() + g, scale_offset,
+                                            unit.scale_bits_below);
       }
-      spread(scale[half], log_share);
-      if constexpr (Shape::kShift) {
-        const Dtype dtype = Shape::kScales == Scales::k32 ? Dtype::kFloat32 : w.scale_dtype;
-        shift[half] = read_numbers(row + kTileRows * Shape::kScaleBytes, kQuad, dtype, unit.shift_bits_below);
-        spread(shift[half], log_share);
+      if (Shape::kScales != Scales::k32) spread(scale[half], Ring<Shape>::log_share(w));
+    }
+  }
+
+  // Of rows g and g + 8, group t of the four.
+  __device__ __forceinline__ void read_shifts(float (&shift)[2], const uint8_t* stage, int quad, const Unit& unit) const {
+    const int group = quad * 4 + t;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* row = stage + Shape::kShiftOffset + (g + half * 8) * Shape::kScaleBytes;
+      if (Ring<Shape>::log_shift_bytes(w) == 2) {
+        shift[half] = reinterpret_cast<const float*>(row)[group];
+      } else {
+        const int place = (group >> Ring<Shape>::log_share(w)) * 2 + unit.shift_bits_below / 8;
+        shift[half] = load(row + place, w.scale_dtype, 0);
       }
     }
   }
 
-  template <int kQuad>
-  __device__ __forceinline__ void multiply_quad(const Codes<Shape>& codes, const FourNumbers (&scale)[2],
-                                                const FourNumbers (&shift)[2], const Unit& unit,
-                                                float (&d)[kTokenTiles][4]) const {
+  __device__ __forceinline__ void multiply_quad(const Codes<Shape>& codes, int quad, const FourNumbers (&scale)[2],
+                                                const Unit& unit, float (&d)[kTokenTiles][4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int group = 4 * kQuad + i;
       float product[kTokenTiles][4];
-      multiply_group(codes, group, unit, product);
+      multiply_group(codes, 4 * quad + i, unit, product);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          d[n][j] = fmaf(scale[j / 2].of[i], product[n][j], d[n][j]);
-          if constexpr (Shape::kShift) {
-            const float2 x = unit.x_sums[n][group];
-            d[n][j] = fmaf(shift[j / 2].of[i], j % 2 == 0 ? x.x : x.y, d[n][j]);
-          }
-        }
+        for (int j = 0; j < 4; ++j) d[n][j] = fmaf(scale[j / 2].of[i], product[n][j], d[n][j]);
       }
     }
   }

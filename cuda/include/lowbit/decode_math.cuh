@@ -8,7 +8,7 @@
 
 namespace lowbit {
 
-// Two values of T in a word, the first in its low half.
+// As T, in the low half of a word.
 template <typename T>
 __device__ __forceinline__ uint32_t bits_of(float value) {
   const T rounded = from_float<T>(value);
@@ -139,16 +139,25 @@ struct Activations {
     }
   }
 
-  // Sums over a group of tokens 2 t and 2 t + 1: products with ones leave them in the lanes that need them.
-  __device__ __forceinline__ float2 sum(int tile, int group) const {
+  // The sum of token g over group t of four, for a tile of tokens. A product with ones in row i alone puts the sums of group i
+  // there; then they change places.
+  __device__ __forceinline__ float group_sum(int tile, int quad, int lane) const {
+    const int g = lane >> 2, t = lane & 3;
     const uint32_t one = bits_of<T>(1.0f), ones = one | one << 16;
-    const uint32_t a[4] = {ones, ones, ones, ones};
     float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < Shape::kProducts; ++i) {
-      multiply_tile<T>(d, a, words[tile][group][2 * i], words[tile][group][2 * i + 1], d[0], d[1], d[2], d[3]);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t in_row = g == i ? ones : 0;
+      const uint32_t a[4] = {in_row, 0, in_row, 0};
+#pragma unroll
+      for (int j = 0; j < Shape::kProducts; ++j) {
+        const uint32_t(&x)[kWords] = words[tile][4 * quad + i];
+        multiply_tile<T>(d, a, x[2 * j], x[2 * j + 1], d[0], d[1], d[2], d[3]);
+      }
     }
-    return make_float2(d[0], d[1]);
+    const int holder = t * 4 + g / 2;
+    const float even = __shfl_sync(kWholeWarp, d[0], holder), odd = __shfl_sync(kWholeWarp, d[1], holder);
+    return g % 2 == 0 ? even : odd;
   }
 };
 

@@ -17,12 +17,6 @@ constexpr int kUnitBytes = 128;
 // Tokens in one product of the tensor cores.
 constexpr int kTokenTile = 8;
 
-#ifndef LOWBIT_SLOTS
-#define LOWBIT_SLOTS 2
-#endif
-// Visits that a warp has under way. More of them wait longer in the queues of the memory, and finish less evenly.
-constexpr int kSlots = LOWBIT_SLOTS;
-
 // The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank. Entries
 // are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
 constexpr int kTableStride = 256;
@@ -62,6 +56,13 @@ struct DecodeShape {
   static constexpr bool kShift = kShift_;
   static constexpr int kUnit = kUnitBytes * 8 / kBits;
   static constexpr int kLogUnit = kBits == 4 ? 8 : 7;
+#ifdef LOWBIT_SLOTS
+  static constexpr int kSlots = LOWBIT_SLOTS;
+#else
+  // Visits that a warp has under way. A slot is free again as soon as its codes are in registers, so one keeps the memory busy;
+  // more wait longer in its queues, and SMs finish less evenly.
+  static constexpr int kSlots = 1;
+#endif
   static constexpr int kGroups = kUnit / kGroup;
   static constexpr int kLogGroup = kGroup == 64 ? 6 : 5;
   // A lane's codes of a group and a row: consecutive bytes, the quarter that its place in the fragment asks for.

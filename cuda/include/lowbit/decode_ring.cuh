@@ -52,16 +52,19 @@ struct NumberCopier {
   uint32_t to;
   int row;
 
-  // The numbers have 2^log_bytes bytes; a row has `count` of the unit, the first of them `first`. Where they are smaller than a
-  // word, the word around them is copied. Past the end of a row they become 0.
-  __device__ __forceinline__ void enter(const void* numbers, int log_bytes, uint32_t per_row, uint32_t first, int count,
+  // The numbers have 2^log_bytes bytes, and 2^log_share groups of the row share one; `first` is the unit's first. Numbers of a
+  // word each are copied for every group; of smaller ones, the words that hold them. Past the end of a row they become 0.
+  __device__ __forceinline__ void enter(const void* numbers, int log_bytes, int log_share, uint32_t per_row, uint32_t first,
                                         int first_row, int lane) {
-    const int lane_row = lane / kWords, word = lane % kWords, number = word << 2 >> log_bytes;
+    const int lane_row = lane / kWords, word = lane % kWords;
+    const int number = log_bytes == 2 ? word >> log_share : word << (2 - log_bytes);
     const uint64_t byte = (static_cast<uint64_t>(first_row + lane_row) * per_row + first) << log_bytes;
-    from = static_cast<const uint8_t*>(numbers) + ((byte & ~uint64_t{3}) + word * 4);
+    from = static_cast<const uint8_t*>(numbers) + ((byte & ~uint64_t{3}) + (number << log_bytes));
     step = kRowsAtOnce * per_row << log_bytes;
     to = lane_row * kStride + word * 4;
-    row = number < count && first + number < per_row ? lane_row : kNoRow;
+    // A unit shorter than a block, or two units of it in a word, still have their first number.
+    const bool is_used = log_bytes == 2 || number == 0 || number << log_share < kWords << (2 - log_bytes);
+    row = is_used && first + number < per_row ? lane_row : kNoRow;
   }
 
   __device__ __forceinline__ void copy(uint32_t stage, int rows_left, int lane) {
@@ -111,7 +114,7 @@ struct Ring {
       }
     }
     commit_copies();
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = slot + 1 == Shape::kSlots ? 0 : slot + 1;
   }
 
  private:
@@ -152,14 +155,14 @@ struct Ring {
     rows_left = rows.count - tile * kTileRows;
     codes.enter(w, unit, row, lane);
     const uint32_t per_row = static_cast<uint32_t>(w.blocks_per_row), first = first_block(w, unit);
-    const int count = max(Shape::kUnit >> log_block(w), 1);
-    scales.enter(w.scales, Shape::kLogScaleBytes, per_row, first, count, row, lane);
+    scales.enter(w.scales, Shape::kLogScaleBytes, log_share(w), per_row, first, row, lane);
     if constexpr (Shape::kScales == Scales::kDouble) scale_row = static_cast<uint64_t>(row + lane) * per_row + first;
-    if constexpr (Shape::kShift) shifts.enter(w.shifts, log_shift_bytes(w), per_row, first, count, row, lane);
+    if constexpr (Shape::kShift) shifts.enter(w.shifts, log_shift_bytes(w), log_share(w), per_row, first, row, lane);
   }
 
  public:
   static __device__ __forceinline__ int log_block(const Weight& w) { return w.block_shift < 0 ? 31 : w.block_shift; }
+  static __device__ __forceinline__ int log_share(const Weight& w) { return max(log_block(w) - Shape::kLogGroup, 0); }
   static __device__ __forceinline__ uint32_t first_block(const Weight& w, int unit) {
     return static_cast<uint32_t>(unit << Shape::kLogUnit) >> log_block(w);
   }

@@ -1,4 +1,4 @@
-// Scales and shifts of a visit as fp32, read from a stage of the ring.
+// Scales of a visit as fp32, read from a stage of the ring.
 #pragma once
 
 #include "decode_ring.cuh"
@@ -10,7 +10,8 @@ struct FourNumbers {
   float of[4];
 };
 
-// Groups that share a block get the block's number: `log_share` is log2 of the groups of a block.
+// Groups that share a block get the block's number: `log_share` is log2 of the groups of a block. Numbers of 4 bytes have been
+// copied for every group.
 __device__ __forceinline__ void spread(FourNumbers& numbers, int log_share) {
   if (log_share == 0) return;
   numbers.of[2] = numbers.of[3] = log_share == 1 ? numbers.of[1] : numbers.of[0];
@@ -34,15 +35,11 @@ __device__ __forceinline__ FourNumbers read_16_bit(const uint8_t* from, Dtype dt
   return {low.x, low.y, high.x, high.y};
 }
 
-__device__ __forceinline__ FourNumbers read_numbers(const uint8_t* from, int quad, Dtype dtype, int bits_below) {
-  return dtype == Dtype::kFloat32 ? read_float32(from + quad * 16) : read_16_bit(from + quad * 8, dtype, bits_below);
-}
-
 // `map` is this lane's copy of the values of the 8-bit codes.
-__device__ __forceinline__ FourNumbers read_double_quantized(const uint8_t* from, int quad, int scale_2_offset,
-                                                             const float* map, float offset, int bits_below) {
-  const uint32_t codes = *reinterpret_cast<const uint32_t*>(from + quad * 4) >> bits_below;
-  const float scale_2 = *reinterpret_cast<const float*>(from + scale_2_offset);
+__device__ __forceinline__ FourNumbers read_double_quantized(const uint8_t* from, const uint8_t* scale_2_from, const float* map,
+                                                             float offset, int bits_below) {
+  const uint32_t codes = *reinterpret_cast<const uint32_t*>(from) >> bits_below;
+  const float scale_2 = *reinterpret_cast<const float*>(scale_2_from);
   FourNumbers scales;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -15,14 +15,15 @@ struct Sums {
 
   __device__ __forceinline__ Sums(uint8_t* memory_, int warps_, int tokens)
       : memory(memory_), warps(warps_), log_columns(tokens > 8 ? 4 : tokens > 4 ? 3 : tokens > 2 ? 2 : 1),
-        spare(Shape::kRings + warps_ * (kSlots * Shape::kStageBytes)) {}
+        spare(Shape::kRings + warps_ * (Shape::kSlots * Shape::kStageBytes)) {}
 
   __device__ __forceinline__ uint32_t bytes_of_warp() const { return kTileRows * 4 << log_columns; }
 
   // Where byte `offset` of the sums lies: in the gaps of the pair table as long as there are any.
   __device__ __forceinline__ float2& at(uint32_t offset) const {
     const uint32_t in_gap = kGap + offset + (offset & ~(kGap - 1u));
-    const uint32_t place = offset < Shape::kSumsInGaps ? in_gap : spare + offset - Shape::kSumsInGaps;
+    const uint32_t place =
+        Shape::kSumsInGaps > 0 && offset < Shape::kSumsInGaps ? in_gap : spare + offset - Shape::kSumsInGaps;
     return *reinterpret_cast<float2*>(memory + place);
   }
 
@@ -59,30 +60,34 @@ struct Sums {
 
   // Adds up the warps' sums, in their order, and writes `rows` rows of the results.
   template <typename T>
-  __device__ __forceinline__ void write_results(const DecodeOperands& operands, int64_t out_features, int64_t first_row,
+  __device__ __forceinline__ void write_results(const DecodeOperands& operands, int64_t out_features, int first_row,
                                                 int rows) const {
     const int log_pairs = log_columns - 1;
-    const int pairs = (rows + kTileRows - 1) / kTileRows * kTileRows << log_pairs;
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-      const int row = i >> log_pairs, token = (i & ((1 << log_pairs) - 1)) * 2;
-      uint32_t offset = row / kTileRows * warps * bytes_of_warp() + (row % kTileRows << log_columns) * 4 + token * 4;
-      float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll 4
-      for (int warp = 0; warp < warps; ++warp, offset += bytes_of_warp()) {
-        const float2 part = at(offset);
-        sum.x += part.x;
-        sum.y += part.y;
-      }
-      if (row >= rows) continue;
-      const float bias =
-          operands.bias == nullptr ? 0.0f : lowbit::load(operands.bias, operands.bias_dtype, first_row + row);
-      T* out = static_cast<T*>(operands.out) + first_row + row;
-      if (token < operands.tokens) out[token * out_features] = from_float<T>(sum.x + bias);
-      if (token + 1 < operands.tokens) out[(token + 1) * out_features] = from_float<T>(sum.y + bias);
+    for (int pair = threadIdx.x; pair < rows << log_pairs; pair += blockDim.x) {
+      const int row = pair >> log_pairs, token = (pair & ((1 << log_pairs) - 1)) * 2;
+      float bias = 0.0f;
+      if (operands.bias != nullptr) bias = lowbit::load(operands.bias, operands.bias_dtype, first_row + row);
+      const float2 sum = sum_of_warps(row, token);
+      T* out = static_cast<T*>(operands.out) + token * out_features + first_row + row;
+      if (token < operands.tokens) out[0] = from_float<T>(sum.x + bias);
+      if (token + 1 < operands.tokens) out[out_features] = from_float<T>(sum.y + bias);
     }
   }
 
  private:
+  // Of `token` and the next one.
+  __device__ __forceinline__ float2 sum_of_warps(int row, int token) const {
+    float2 sum = make_float2(0.0f, 0.0f);
+    uint32_t offset = row / kTileRows * warps * bytes_of_warp() + ((row % kTileRows << log_columns) + token) * 4;
+#pragma unroll 4
+    for (int warp = 0; warp < warps; ++warp, offset += bytes_of_warp()) {
+      const float2 of_warp = at(offset);
+      sum.x += of_warp.x;
+      sum.y += of_warp.y;
+    }
+    return sum;
+  }
+
   __device__ __forceinline__ bool has_columns(int token_tile, int lane) const {
     return token_tile * kTokenTile + lane % 4 * 2 < 1 << log_columns;
   }
