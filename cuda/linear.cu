@@ -16,34 +16,28 @@ struct Operands {
   const void* x;
   const void* bias;  // null where there is none
   void* out;
-  int64_t x_stride;  // elements from one token of x to the next
+  uint32_t x_stride;  // elements from one token of x to the next
   int32_t tokens;
   Dtype bias_dtype;
-  int32_t is_dependent;  // of the kernels in linear_decode.cu, which take the same
 };
-static_assert(sizeof(Operands) == 48, "as rust/core/src/cuda/linear.rs has it");
+static_assert(sizeof(Operands) == 40, "the beginning of what rust/core/src/cuda/linear.rs has");
 
 // A lane works on units of 16 weights, which never straddle a block of a row-aligned weight.
 constexpr int kUnit = 16;
-// A unit of x in shared memory takes 20 words: lanes that read 16 bytes each of neighbouring units meet no bank twice.
-constexpr int kPaddedUnit = 20;
 // Warps that share the rows' columns between them, and groups of such warps with rows of their own.
 constexpr int kSplits = 4;
 constexpr int kGroups = kWarps / kSplits;
 
-// How a CTA cuts its work, for a number of tokens. `rows_per_cta` in rust/core/src/cuda/plan.rs says kRows again.
+// Rows of a warp, for which activations are loaded once, and of a CTA, as rust/core/src/cuda/plan.rs says again.
 template <int kTokens>
 struct Shape {
-  static constexpr int kWarpRows = kTokens == 1 ? 8 : 4;
+  static constexpr int kWarpRows = kTokens <= 2 ? 8 : 4;
   static constexpr int kRows = kWarpRows * kGroups;
-  // Units of x that are staged at once.
-  static constexpr int kTile = kTokens <= 2 ? 256 : 128;
 };
 
 template <int kTokens>
 struct Scratch {
   float table[kCodebookLength];
-  alignas(16) float tile[kTokens * Shape<kTokens>::kTile * kPaddedUnit];
   float partial[kSplits][Shape<kTokens>::kRows][kTokens];
 };
 
@@ -57,11 +51,12 @@ template <int kBits>
 __device__ __forceinline__ Unit<kBits> load_unit(const Weight& w, int64_t row, int64_t col, bool is_aligned) {
   const uint8_t* from = w.codes + (row * w.row_codes + col) * kBits / 8;
   if (is_aligned) {
+    // Read once: they leave the cache to the activations.
     if constexpr (kBits == 8) {
-      const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+      const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from));
       return {words.x, words.y, words.z, words.w};
     } else {
-      const uint2 words = __ldg(reinterpret_cast<const uint2*>(from));
+      const uint2 words = __ldcs(reinterpret_cast<const uint2*>(from));
       return {words.x, words.y};
     }
   }
@@ -73,6 +68,26 @@ __device__ __forceinline__ Unit<kBits> load_unit(const Weight& w, int64_t row, i
   }
   return unit;
 }
+
+// One unit of each row of a warp, with its scales and shifts.
+template <int kBits, int kWarpRows>
+struct Units {
+  Unit<kBits> codes[kWarpRows];
+  float scales[kWarpRows];
+  float shifts[kWarpRows];
+
+  __device__ __forceinline__ void load(const Weight& w, int64_t first_row, int64_t col, bool is_aligned) {
+    const int64_t block = divided_by_block_size(w, col);
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      // Rows behind the last one repeat it; their sums are not written.
+      const int64_t row = min(first_row + r, w.rows - 1);
+      codes[r] = load_unit<kBits>(w, row, col, is_aligned);
+      scales[r] = scale_of(w, row * w.blocks_per_row + block);
+      shifts[r] = w.shifts == nullptr ? 0.0f : shift_of(w, row * w.blocks_per_row + block);
+    }
+  }
+};
 
 // Numbers that codes stand for. In 4 bits, codes are first made byte offsets into the table, four in a word: even ones, then
 // odd ones of each word of codes. A byte of them is an address after one instruction.
@@ -103,20 +118,20 @@ struct Decoded {
   }
 };
 
-// Columns [first, first + kTile units) of every token, widened, zeros behind the last column and the last token.
-template <typename T, int kTokens>
-__device__ __forceinline__ void stage_x(const Weight& w, const Operands& io, int64_t token, int64_t first, float* tile) {
-  constexpr int kTile = Shape<kTokens>::kTile;
-  const T* x = static_cast<const T*>(io.x);
+// 16 activations of one token, widened; zeros behind the last column.
+template <typename T>
+__device__ __forceinline__ void load_x(const T* x, int64_t col, int64_t cols, bool is_aligned, float (&values)[kUnit]) {
+  constexpr int kPart = 16 / sizeof(T);
+  if (is_aligned && col + kUnit <= cols) {
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const bool is_there = token + t < io.tokens;
-    for (int i = threadIdx.x; i < kTile * kUnit; i += kThreads) {
-      const int64_t col = first + i;
-      float value = 0.0f;
-      if (is_there && col < w.cols) value = to_float(x[(token + t) * io.x_stride + col]);
-      tile[(t * kTile + i / kUnit) * kPaddedUnit + i % kUnit] = value;
+    for (int part = 0; part < kUnit; part += kPart) {
+      const auto loaded = *reinterpret_cast<const Vector<T, kPart>*>(x + col + part);
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) values[part + i] = to_float(loaded.values[i]);
     }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) values[i] = col + i < cols ? to_float(x[col + i]) : 0.0f;
   }
 }
 
@@ -133,84 +148,69 @@ __device__ __forceinline__ void write_result(const Operands& io, int64_t token, 
 
 // Adds the products of one unit of each row with each token. Inside a block, scale and shift leave the sum.
 template <int kTokens, int kWarpRows, int kBits>
-__device__ __forceinline__ void multiply_unit(const Weight& w, const float* table,
-                                              const Unit<kBits> (&units)[kWarpRows],
-                                              const float (&scales)[kWarpRows], const float (&shifts)[kWarpRows],
-                                              const float* x, int x_step, float (&sums)[kWarpRows][kTokens]) {
+__device__ __forceinline__ void multiply(const Weight& w, const float* table, const Units<kBits, kWarpRows>& units,
+                                         const float (&x)[kTokens][kUnit], float (&sums)[kTokens][kWarpRows]) {
+#pragma unroll
+  for (int r = 0; r < kWarpRows; ++r) {
+    const Decoded<kBits> weights(table, units.codes[r]);
+    float dots[kTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const float weight = weights[i];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) dots[t] = fmaf(weight, x[t][i], dots[t]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) sums[t][r] = fmaf(units.scales[r], dots[t], sums[t][r]);
+  }
+  if (w.shifts == nullptr) return;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    float values[kUnit];
+    float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kUnit; i += 4) {
-      const float4 part = *reinterpret_cast<const float4*>(x + t * x_step + i);
-      values[i] = part.x;
-      values[i + 1] = part.y;
-      values[i + 2] = part.z;
-      values[i + 3] = part.w;
-    }
+    for (int i = 0; i < kUnit; ++i) total += x[t][i];
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      const Decoded<kBits> weights(table, units[r]);
-      float dot = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) dot = fmaf(weights[i], values[i], dot);
-      sums[r][t] = fmaf(scales[r], dot, sums[r][t]);
-    }
-    if (w.shifts != nullptr) {
-      float total = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) total += values[i];
-#pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) sums[r][t] = fmaf(shifts[r], total, sums[r][t]);
-    }
+    for (int r = 0; r < kWarpRows; ++r) sums[t][r] = fmaf(units.shifts[r], total, sums[t][r]);
   }
 }
 
 // Up to kTokens tokens times kRows rows of a row-aligned weight, a CTA. Blocks along x walk rows, along y tokens.
 template <typename T, int kTokens, int kBits>
 __device__ void linear(const Weight& w, const Operands& io, Scratch<kTokens>& scratch) {
-  using S = Shape<kTokens>;
+  constexpr int kWarpRows = Shape<kTokens>::kWarpRows, kRows = Shape<kTokens>::kRows;
   load_codebook(w, scratch.table);
   const int lane = threadIdx.x % kWarp, split = threadIdx.x / kWarp % kSplits, group = threadIdx.x / kWarp / kSplits;
   const int64_t token = static_cast<int64_t>(blockIdx.y) * kTokens;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * S::kRows + group * S::kWarpRows;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kRows + group * kWarpRows;
   const bool is_aligned = w.row_codes % 16 == 0 && w.cols % 16 == 0 && reinterpret_cast<uintptr_t>(w.codes) % 16 == 0;
-  float sums[S::kWarpRows][kTokens] = {};
-  for (int64_t first = 0; first < w.cols; first += S::kTile * kUnit) {
-    __syncthreads();
-    stage_x<T, kTokens>(w, io, token, first, scratch.tile);
-    __syncthreads();
-#pragma unroll 2
-    for (int i = split * kWarp + lane; i < S::kTile; i += kSplits * kWarp) {
-      const int64_t col = first + i * kUnit;
-      if (col >= w.cols) break;
-      Unit<kBits> units[S::kWarpRows];
-      float scales[S::kWarpRows], shifts[S::kWarpRows];
-      const int64_t block = divided_by_block_size(w, col);
-#pragma unroll
-      for (int r = 0; r < S::kWarpRows; ++r) {
-        // Rows behind the last one repeat it; their sums are not written.
-        const int64_t row = min(first_row + r, w.rows - 1);
-        units[r] = load_unit<kBits>(w, row, col, is_aligned);
-        scales[r] = scale_of(w, row * w.blocks_per_row + block);
-        shifts[r] = w.shifts == nullptr ? 0.0f : shift_of(w, row * w.blocks_per_row + block);
-      }
-      multiply_unit<kTokens, S::kWarpRows, kBits>(w, scratch.table, units, scales, shifts,
-                                                  scratch.tile + i * kPaddedUnit, S::kTile * kPaddedUnit, sums);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < S::kWarpRows; ++r) {
+  const bool x_is_aligned = reinterpret_cast<uintptr_t>(io.x) % 16 == 0 && io.x_stride * sizeof(T) % 16 == 0;
+  constexpr int kStep = kSplits * kWarp * kUnit;
+  float sums[kTokens][kWarpRows] = {};
+#pragma unroll 1
+  for (int64_t col = (split * kWarp + lane) * kUnit; col < w.cols; col += kStep) {
+    Units<kBits, kWarpRows> units;
+    units.load(w, first_row, col, is_aligned);
+    float x[kTokens][kUnit];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      const float sum = sum_over_warp(sums[r][t]);
-      if (lane == 0) scratch.partial[split][group * S::kWarpRows + r][t] = sum;
+      // Tokens behind the last one repeat it; their sums are not written.
+      const int64_t row_of_x = min(token + t, static_cast<int64_t>(io.tokens) - 1);
+      load_x(static_cast<const T*>(io.x) + row_of_x * io.x_stride, col, w.cols, x_is_aligned, x[t]);
+    }
+    multiply(w, scratch.table, units, x, sums);
+  }
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      const float sum = sum_over_warp(sums[t][r]);
+      if (lane == 0) scratch.partial[split][group * kWarpRows + r][t] = sum;
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < S::kRows * kTokens; i += kThreads) {
+  for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
     const int r = i / kTokens, t = i % kTokens;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * S::kRows + r;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + r;
     float sum = 0.0f;
 #pragma unroll
     for (int s = 0; s < kSplits; ++s) sum += scratch.partial[s][r][t];
@@ -239,8 +239,8 @@ __device__ void linear_straddling(const Weight& w, const Operands& io) {
 
 }  // namespace lowbit
 
-#define ENTRY(name)                                                \
-  extern "C" __global__ void __launch_bounds__(lowbit::kThreads)   \
+#define ENTRY(name)                                                 \
+  extern "C" __global__ void __launch_bounds__(lowbit::kThreads, 2) \
       name(const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::Operands io)
 #define LINEAR_ENTRY(name, T, tokens)                                          \
   ENTRY(linear_##name##_##tokens) {                                            \

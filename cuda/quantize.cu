@@ -413,34 +413,51 @@ __device__ __forceinline__ int nearest(const double* midpoints, double u) {
   return is_tie && below % 2 == 1 ? below + 1 : below;
 }
 
-// A CTA for each 256 scales: codes, the second-level scale, and once for all the offset.
+__device__ __forceinline__ double sum_over_warp(double value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+// A warp for each 256 scales, a CTA after the other: codes, the second-level scale, and once for all the offset.
 __device__ void quantize_scales(const float* scales, int64_t count, const double* sums, int32_t sum_count,
                                 uint8_t* codes, float* scale_2, float* scale_offset) {
-  static_assert(kThreads == kScalesPerScale2, "a thread has one scale");
-  __shared__ double scratch[kThreads];
+  constexpr int kEach = kScalesPerScale2 / kWarp;
   __shared__ double midpoints[kScalesPerScale2];
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, lane = thread % kWarp;
   if (thread < 255) {
     midpoints[thread] = 0.5 * (static_cast<double>(lowbit_dynamic_map[thread]) + lowbit_dynamic_map[thread + 1]);
   }
-  const double sum = sum_over_cta(thread < sum_count ? sums[2 * thread] : 0.0, scratch);
-  const double finite = sum_over_cta(thread < sum_count ? sums[2 * thread + 1] : 0.0, scratch);
-  const float offset = static_cast<float>(sum / fmax(finite, 1.0));
+  double sum = 0.0, finite = 0.0;
+  for (int i = lane; i < sum_count; i += kWarp) {
+    sum += sums[2 * i];
+    finite += sums[2 * i + 1];
+  }
+  const float offset = static_cast<float>(sum_over_warp(sum) / fmax(sum_over_warp(finite), 1.0));
   if (blockIdx.x == 0 && thread == 0) *scale_offset = offset;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kScalesPerScale2 + thread;
-  const float scale = index < count ? scales[index] : offset;
-  const bool all_finite = __syncthreads_and(fabsf(scale) < INFINITY);
-  float absmax = fabsf(scale - offset);
-  for (int step = kWarp / 2; step > 0; step /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, step));
-  __shared__ float of_warps[kThreads / kWarp];
-  if (thread % kWarp == 0) of_warps[thread / kWarp] = absmax;
   __syncthreads();
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) absmax = fmaxf(absmax, of_warps[warp]);
-  if (!all_finite) absmax = NAN;
-  const float inverse = 1.0f / absmax;
-  const float factor = fabsf(inverse) < INFINITY ? inverse : 0.0f;
-  if (index < count) codes[index] = static_cast<uint8_t>(nearest(midpoints, __fmul_rn(scale - offset, factor)));
-  if (thread == 0 && index < count) scale_2[blockIdx.x] = absmax;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + thread - lane; first * kEach < count; first += step) {
+    float values[kEach];
+    float absmax = 0.0f;
+    bool all_finite = true;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t index = first * kEach + i * kWarp + lane;
+      values[i] = index < count ? scales[index] : offset;
+      all_finite = all_finite && fabsf(values[i]) < INFINITY;
+      absmax = fmaxf(absmax, fabsf(values[i] - offset));
+    }
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, lanes));
+    if (!__all_sync(kAllLanes, all_finite)) absmax = NAN;
+    const float inverse = 1.0f / absmax;
+    const float factor = fabsf(inverse) < INFINITY ? inverse : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t index = first * kEach + i * kWarp + lane;
+      if (index < count) codes[index] = static_cast<uint8_t>(nearest(midpoints, __fmul_rn(values[i] - offset, factor)));
+    }
+    if (lane == 0) scale_2[first / kWarp] = absmax;
+  }
 }
 
 }  // namespace lowbit

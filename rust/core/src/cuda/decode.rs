@@ -1,6 +1,6 @@
 //! The choice among the tensor-core kernels of `cuda/linear_decode.cu`, whose head says what each takes.
 
-use super::plan::{Capability, Operation, Plan, Problem};
+use super::plan::{Capability, Operation, Plan, Problem, Share};
 use crate::dtype::Dtype;
 
 /// How scales are stored: fp32, 16-bit floats, or 8-bit codes.
@@ -61,7 +61,6 @@ const TABLE_BYTES: usize = 64 << 10;
 const SUMS_IN_TABLE: usize = 32 << 10;
 const SCALE_MAP_BYTES: usize = 8 << 10;
 const TILE_ROWS: usize = 16;
-const SLOTS: usize = 2;
 const LANES: usize = 32;
 const MAX_TOKENS: usize = 16;
 const OLDEST: u32 = 80;
@@ -80,10 +79,15 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Plan> {
     let kernel = KERNELS.iter().find(|kernel| kernel.takes(problem))?;
     let is_wide = problem.count > MAX_TOKENS / 2;
     let grid = problem.layout.rows.min(capability.multiprocessors as usize);
-    // Small GPUs have no room for the rings of all warps.
-    let most_warps = if is_wide { 8 } else { 16 };
+    // The sums of more tokens leave registers for fewer warps: 12 where the units of columns come out evenly enough.
+    let most_warps = match (is_wide, kernel.units(problem)) {
+        (false, _) => 16,
+        (true, 24..) => 12,
+        (true, _) => 8,
+    };
+    // Small GPUs have no room for the rings of all of them.
     let fits = |&warps: &usize| kernel.shared_bytes(problem.count, warps, 1) <= capability.shared_bytes as usize;
-    let warps = [16, 8, 4].into_iter().filter(|&warps| warps <= most_warps).find(fits)?;
+    let warps = [16, 12, 8, 4].into_iter().filter(|&warps| warps <= most_warps).find(fits)?;
     let tiles = problem.layout.rows.div_ceil(grid).div_ceil(TILE_ROWS);
     let shared_bytes = kernel.shared_bytes(problem.count, warps, tiles).min(capability.shared_bytes as usize);
     Some(Plan {
@@ -93,6 +97,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Plan> {
         threads: (warps * LANES) as u32,
         shared_bytes: shared_bytes as u32,
         is_dependent: capability.compute >= 90,
+        share: kernel.share(problem, grid, warps, shared_bytes),
     })
 }
 
@@ -126,6 +131,28 @@ impl Kernel {
         whole_words(spec.scale_dtype.size())
     }
 
+    /// Units of columns that warps take.
+    fn units(&self, problem: &Problem) -> usize {
+        (problem.layout.cols * self.bits / 8).div_ceil(UNIT_BYTES)
+    }
+
+    fn share(&self, problem: &Problem, grid: usize, warps: usize, shared_bytes: usize) -> Share {
+        let rows = problem.layout.rows;
+        let units = self.units(problem);
+        let rest = units % warps;
+        let tiles = rows.div_ceil(grid).div_ceil(TILE_ROWS);
+        let most = (1..=tiles).rev().find(|&tiles| self.shared_bytes(problem.count, warps, tiles) <= shared_bytes);
+        let passes = tiles.div_ceil(most.unwrap_or(1));
+        Share {
+            rows_each: (rows / grid) as i32,
+            rows_rest: (rows % grid) as i32,
+            full_rounds: (units / warps) as i32,
+            rest_units: rest as i32,
+            rest_parts: warps.checked_div(rest).unwrap_or(1) as i32,
+            tiles_a_pass: tiles.div_ceil(passes) as i32,
+        }
+    }
+
     /// Shared memory for `tokens` tokens, of `warps` warps, with room for the sums of `tiles` tiles of rows.
     fn shared_bytes(&self, tokens: usize, warps: usize, tiles: usize) -> usize {
         let groups = UNIT_BYTES * 8 / self.bits / self.group;
@@ -135,7 +162,7 @@ impl Kernel {
         let map = if self.scales == Scales::Double { SCALE_MAP_BYTES } else { 0 };
         let sums = tiles * TILE_ROWS * 4 * warps * tokens.next_power_of_two().max(2);
         let in_table = if self.bits == 4 { SUMS_IN_TABLE } else { 0 };
-        table + map + warps * SLOTS * stage + sums.saturating_sub(in_table)
+        table + map + warps * stage + sums.saturating_sub(in_table)
     }
 }
 
@@ -171,11 +198,15 @@ mod tests {
         let nf4 = problem(Format::Nf4, BlockSize::Elements(64), (8192, 28672), 1);
         let chosen = plan(&nf4, HOPPER).expect("a kernel");
         assert_eq!(chosen.entry, "linear_decode_bfloat16_int4_scale32_8");
-        // 64 KiB of table, 16 rings of two stages of 2304 bytes; the sums of 4 tiles lie in the table.
-        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 16 * 2 * 2304));
+        // 64 KiB of table, 16 rings of 2304 bytes; the sums of 4 tiles lie in the table.
+        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 16 * 2304));
         assert!(chosen.is_dependent);
+        // 62 rows a block and 8 more; 56 units of 256 columns for 16 warps.
+        let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass } = chosen.share;
+        assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 3));
+        assert_eq!((rest_units, rest_parts, tiles_a_pass), (8, 2, 4));
         let wide = plan(&Problem { count: 9, dtype: Dtype::Float16, ..nf4 }, HOPPER).expect("a kernel");
-        assert_eq!((wide.entry, wide.threads), ("linear_decode_float16_int4_scale32_16", 256));
+        assert_eq!((wide.entry, wide.threads), ("linear_decode_float16_int4_scale32_16", 384));
         for (format, block_size, entry) in [
             (Format::Uint4, BlockSize::Elements(32), "linear_decode_bfloat16_int4_block32_shift_scale32_8"),
             (Format::Custom, BlockSize::Elements(4096), "linear_decode_bfloat16_int4_scale32_8"),
@@ -186,9 +217,21 @@ mod tests {
     }
 
     #[test]
+    fn sums_without_room_take_turns() {
+        let tall = problem(Format::Nf4, BlockSize::Elements(64), (152_064, 4096), 16);
+        let chosen = plan(&tall, HOPPER).expect("a kernel");
+        // 72 tiles of 8 KiB of sums each are more than there is room for.
+        assert_eq!(chosen.shared_bytes, HOPPER.shared_bytes);
+        let tiles = 1152_usize.div_ceil(TILE_ROWS);
+        let passes = tiles.div_ceil(chosen.share.tiles_a_pass as usize);
+        assert!(passes > 1);
+        assert_eq!(chosen.share.tiles_a_pass as usize, tiles.div_ceil(passes));
+    }
+
+    #[test]
     fn small_gpus_get_fewer_warps() {
         let chosen = plan(&problem(Format::Nf4, BlockSize::Elements(64), (4096, 4096), 1), ADA).expect("a kernel");
-        assert_eq!((chosen.threads, chosen.is_dependent), (128, false));
+        assert_eq!((chosen.threads, chosen.is_dependent), (384, false));
         assert!(chosen.shared_bytes <= ADA.shared_bytes);
     }
 

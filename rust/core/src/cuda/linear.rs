@@ -3,7 +3,7 @@
 
 use super::Queue;
 use super::launch::{Argument, Arguments, Pointer, launch};
-use super::plan::{Operation, Problem, plan};
+use super::plan::{Operation, Problem, Share, plan};
 use super::weight::{DeviceFloats, DeviceWeight, number};
 use crate::{Error, Result};
 
@@ -28,15 +28,16 @@ struct Operands {
     x: Pointer,
     bias: Pointer,
     out: Pointer,
-    x_stride: i64,
+    x_stride: u32,
     tokens: i32,
     bias_dtype: i32,
+    share: Share,
     is_dependent: i32,
 }
 
-const _: () = assert!(size_of::<Operands>() == 48, "as cuda/linear.cu and decode_plan.cuh have it");
+const _: () = assert!(size_of::<Operands>() == 64, "as cuda/linear.cu and decode_plan.cuh have it");
 
-// SAFETY: `repr(C)`, the fields of `Operands` in `cuda/linear.cu` and of `DecodeOperands` in `decode_plan.cuh`.
+// SAFETY: `repr(C)`, the fields of `DecodeOperands` in `decode_plan.cuh`; `Operands` in `cuda/linear.cu` has the first of them.
 unsafe impl Argument for Operands {}
 
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
@@ -73,9 +74,11 @@ pub unsafe fn linear(
         x: Pointer(x.values.buffer.address),
         bias: Pointer(bias.map_or(0, |bias| bias.buffer.address)),
         out: Pointer(out.buffer.address),
-        x_stride: x.stride as i64,
+        x_stride: u32::try_from(x.stride)
+            .map_err(|_| Error::invalid("x", format!("rows {} apart", x.stride), "fewer"))?,
         tokens: x.tokens as i32,
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
+        share: plan.share,
         is_dependent: (plan.is_dependent && queue.may_overlap).into(),
     };
     let arguments = Arguments::new().with(weight.kernel()).with(&operands);

@@ -58,6 +58,24 @@ pub(super) struct Plan {
     pub(super) shared_bytes: u32,
     /// Whether it may start before the kernel in front of it has ended.
     pub(super) is_dependent: bool,
+    /// Of the kernels that decode: who does what.
+    pub(super) share: Share,
+}
+
+/// How blocks and warps share a product: the divisions that would keep each of them from its first load. As in
+/// `DecodeOperands` of `cuda/include/lowbit/decode_plan.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub(super) struct Share {
+    /// Rows of a block, and how many blocks take one more.
+    pub(super) rows_each: i32,
+    pub(super) rows_rest: i32,
+    /// Rounds in which every warp has a unit of columns; units that are left, and warps for each of those.
+    pub(super) full_rounds: i32,
+    pub(super) rest_units: i32,
+    pub(super) rest_parts: i32,
+    /// Tiles of rows whose sums have room at a time.
+    pub(super) tiles_a_pass: i32,
 }
 
 /// A line of the table.
@@ -142,8 +160,8 @@ const KERNELS: &[Kernel] = &[
         entries: ["quantize_scales"; 3],
         compute: 75,
         takes: |_| true,
-        // One at least, since it writes the offset.
-        grid: |problem| [problem.count.div_ceil(THREADS).max(1), 1],
+        // A warp for each 256; one block at least, since it writes the offset.
+        grid: |problem| [problem.count.div_ceil(THREADS * THREADS / 32).clamp(1, 1024), 1],
     },
     Kernel {
         operation: Operation::Linear,
@@ -167,7 +185,7 @@ const KERNELS: &[Kernel] = &[
         entries: ["linear_float32_2", "linear_float16_2", "linear_bfloat16_2"],
         compute: 75,
         takes: |problem| problem.count == 2,
-        grid: |problem| [problem.layout.rows.div_ceil(8), 1],
+        grid: |problem| [problem.layout.rows.div_ceil(16), 1],
     },
     Kernel {
         operation: Operation::Linear,
@@ -208,7 +226,15 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
         Dtype::Bfloat16 => 2,
     }];
     let (image, threads) = (kernel.image, THREADS as u32);
-    Ok(Plan { image, entry, grid: [x as u32, y as u32], threads, shared_bytes: 0, is_dependent: false })
+    Ok(Plan {
+        image,
+        entry,
+        grid: [x as u32, y as u32],
+        threads,
+        shared_bytes: 0,
+        is_dependent: false,
+        share: Share::default(),
+    })
 }
 
 #[cfg(test)]
@@ -305,7 +331,7 @@ mod tests {
         let general = Problem { is_vectorized: false, ..problem(Operation::Linear, 1) };
         for (tokens, entry, grid) in [
             (1, "linear_bfloat16_1", [256, 1]),
-            (2, "linear_bfloat16_2", [512, 1]),
+            (2, "linear_bfloat16_2", [256, 1]),
             (3, "linear_bfloat16_4", [512, 1]),
             (9, "linear_bfloat16_4", [512, 3]),
         ] {
