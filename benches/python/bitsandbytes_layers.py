@@ -34,15 +34,19 @@ def four_bit(
 
     In evaluation mode, which its fused CPU kernel asks for.
     """
-    layer = bitsandbytes().nn.Linear4bit(
+    parts = bitsandbytes().nn
+    layer = parts.Linear4bit(
         weight.shape[1],
         weight.shape[0],
         bias=False,
         compute_dtype=compute_dtype or weight.dtype,
         compress_statistics=double_quant,
         quant_type=quant_type,
+        device="meta",
     )
-    return _load(layer, weight, device)
+    options = {"compress_statistics": double_quant, "quant_type": quant_type}
+    layer.weight = parts.Params4bit(weight.detach().to("cpu"), requires_grad=False, **options)
+    return layer.to(device).eval()  # type: ignore[no-any-return]  # moving a layer to its device quantizes it
 
 
 def eight_bit(weight: Tensor, threshold: float) -> nn.Module:
@@ -53,9 +57,9 @@ def eight_bit(weight: Tensor, threshold: float) -> nn.Module:
     return _load(layer, weight)
 
 
-def _load(layer: nn.Module, weight: Tensor, device: str = "cpu") -> nn.Module:
+def _load(layer: nn.Module, weight: Tensor) -> nn.Module:
     layer.load_state_dict({"weight": weight})
-    return layer.to(device).eval()  # moving a layer to its device quantizes it
+    return layer.to("cpu").eval()  # moving a layer to its device quantizes it
 
 
 def path_taken(layer: Any) -> str:

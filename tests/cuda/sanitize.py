@@ -1,4 +1,4 @@
-"""Every kernel once or twice, without a library's kernels beside them: for compute-sanitizer, which is too slow for all tests.
+"""Every kernel once or twice and no library's beside them, for compute-sanitizer: all tests would take it too long.
 
 compute-sanitizer --tool memcheck|racecheck|initcheck --error-exitcode 1 python tests/cuda/sanitize.py
 """

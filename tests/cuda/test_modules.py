@@ -80,6 +80,21 @@ def test_a_model_is_packed_where_it_lies() -> None:
     torch.testing.assert_close(on_gpu(tokens.cuda()).cpu(), on_cpu(tokens), rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_is_packed_layer_by_layer_on_its_way_to_the_gpu() -> None:
+    model = Block()
+    sizes = [module.weight.nbytes for module in model.modules() if isinstance(module, nn.Linear)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lowbit_rs.quantize_model(model, progress=False, device="cuda")
+    assert model.qkv.weight.is_cuda
+    assert not model.embed.weight.is_cuda
+    packed = torch.cuda.memory_allocated() - before
+    # Beside what stays: one float layer, its decoded copy for the report in fp32, twice, and blocks of 512 bytes.
+    assert torch.cuda.max_memory_allocated() - before <= packed + 5 * max(sizes) + (64 << 10)
+    tokens = torch.randint(100, (2, 5), device="cuda")
+    assert model.cuda()(tokens).is_cuda
+
+
 def test_autocast() -> None:
     layer, x = QuantLinear.from_linear(nn.Linear(64, 8)).cuda(), torch.randn(3, 64, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
