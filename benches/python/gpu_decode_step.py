@@ -67,11 +67,12 @@ def make_model(layers: int) -> nn.Module:
 def measure(name: str, pack: Callable[[nn.Module], None], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each batch size."""
     model = make_model(arguments.layers)
+    before = torch.cuda.memory_allocated()  # workspaces that libraries keep
     torch.cuda.reset_peak_memory_stats()
     pack(model)
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() - before
     model.to("cuda")
-    memory = torch.cuda.memory_allocated()
+    memory = torch.cuda.memory_allocated() - before
     rows = []
     for batch in arguments.batches:
         step = decode_step(model, batch)

@@ -15,8 +15,6 @@ use crate::{Error, Result};
 
 /// The table of double-quantized scales, in every module that decodes them.
 const DYNAMIC_MAP: &str = "lowbit_dynamic_map";
-/// Dynamic shared memory that a kernel may have without asking.
-const UNASKED_SHARED_BYTES: u32 = 48 << 10;
 
 /// What is loaded.
 #[derive(Debug, Default)]
@@ -25,7 +23,7 @@ pub(super) struct Modules {
     modules: Mutex<HashMap<&'static str, Module>>,
 }
 
-/// A kernel, ready for launching with the shared memory that its plan asks for.
+/// A kernel, ready for launching with as much shared memory as any plan asks for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Function(pub(super) sys::CUfunction);
 
@@ -51,7 +49,8 @@ impl Modules {
         // SAFETY: writes a handle.
         let found = unsafe { sys::cuModuleGetFunction(&raw mut function, module.0, name.as_ptr()) };
         check(found, || format!("cuModuleGetFunction of {} on {device}", plan.entry))?;
-        if plan.shared_bytes > UNASKED_SHARED_BYTES {
+        if plan.shared_bytes > 0 {
+            // Without asking, a kernel has 48 KiB of it; another call of this one may need more than this call does.
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let most = device.capability().shared_bytes;
             // SAFETY: takes numbers and the handle.
