@@ -1,5 +1,6 @@
-// Checks linear_decode against fp64 and times it: nvcc -std=c++17 -O3 -I cuda/include -gencode
-// arch=compute_90a,code=sm_90a -o linear_decode benches/cuda/linear_decode.cu && ./linear_decode [check|time|all] [filter]
+// Checks linear_decode against fp64 and times it: nvcc -std=c++17 -O3 -rdc=true -I cuda/include
+// -gencode arch=compute_90a,code=sm_90a -o linear_decode benches/cuda/linear_decode.cu &&
+// ./linear_decode [check|short|time|all] [part of a format's name, or = and the name]
 //
 // Times are medians of CUDA-graph replays over weights that rotate through more than 300 MB, without dependent launch and with
 // it ("chain"). The roof is 1.5 us + bytes / rate, with the rate of a read-only stream of 1 GiB measured in the same run.
@@ -62,7 +63,6 @@ struct Launch {
   DecodeOperands plan;  // without the call's pointers
 };
 
-constexpr int kSlots = lowbit::Int8<lowbit::Scales::k32>::kSlots;
 int multiprocessors, most_shared;
 
 Kernel pick(const Format& f, bool is_bfloat16, bool is_wide) {
@@ -86,7 +86,7 @@ int round_up_columns(int tokens) { return tokens > 8 ? 16 : tokens > 4 ? 8 : tok
 Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, int warps_asked) {
   const bool is_wide = tokens > 8;
   const int units = (shape.cols * f.bits / 8 + 127) / 128;
-  // 12 warps where the units come out evenly enough, else a number that divides most.
+  // More than 8 tokens: 12 warps where there are units enough for them to share evenly.
   const int warps = warps_asked > 0 ? warps_asked : !is_wide ? 16 : units >= 24 ? 12 : 8;
   const int groups = f.bits == 4 && f.block_size == 32 ? 8 : 4;
   const int stage = 2048 + 64 * groups * (f.has_shift ? 2 : 1);
@@ -95,7 +95,7 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   const int grid = std::min(multiprocessors, shape.rows);
   const int tiles = ((shape.rows + grid - 1) / grid + 15) / 16;
   const int tile = 64 * warps * round_up_columns(tokens);
-  const int fixed = tables + warps * kSlots * stage;
+  const int fixed = tables + warps * stage;
   const int shared = std::min(most_shared, fixed + std::max(tiles * tile - in_gaps, 0));
   const int room = (in_gaps + shared - fixed) / tile, passes = (tiles + room - 1) / room;
   DecodeOperands o = {};
@@ -473,7 +473,7 @@ int main(int argc, char** argv) {
   CHECK(cudaGetDeviceProperties(&properties, 0));
   multiprocessors = properties.multiProcessorCount;
   most_shared = static_cast<int>(properties.sharedMemPerBlockOptin);
-  std::printf("%s, %d SMs, slots %d\n", properties.name, multiprocessors, kSlots);
+  std::printf("%s, %d SMs\n", properties.name, multiprocessors);
   Data data;
   int wrong = 0;
   if (mode == "check" || mode == "all") wrong = check_all(data, filter, false);

@@ -1,6 +1,7 @@
 // The body of linear_decode.
 #pragma once
 
+#include "decode_feeder.cuh"
 #include "decode_math.cuh"
 #include "decode_scales.cuh"
 #include "decode_shifts.cuh"
@@ -45,6 +46,7 @@ struct Decoder {
     // The lines of the parameters, all asked for at once.
     asm volatile("" ::"l"(w.codes), "l"(w.cols), "r"(w.block_shift), "l"(operands.x), "r"(operands.tiles_a_pass));
     allow_next_kernel();
+    copy_tables_async();
     if (kHasMap) scale_offset = *w.scale_offset;
     // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of the
     // previous kernel; weights are not.
@@ -53,21 +55,14 @@ struct Decoder {
     if (has_unit && !operands.is_dependent) unit.x.load(operands, cols, share.unit(0), lane);
 
     const int tiles_a_pass = operands.tiles_a_pass;
-    Ring<Shape> ring(w, rows, share, tiles_a_pass,
-                     shared_address(memory) + Shape::kRings + warp * (Shape::kSlots * Shape::kStageBytes), lane);
-    copy_tables_async();
-    // One visit of each warp first, of all SMs. Who gets its first weights late stays late to the end.
-    ring.refill();
+    Feeder<Shape> feeder(w, rows, share, tiles_a_pass, shared_address(stage()), lane);
+    feeder.refill();
 
     if (operands.is_dependent) {
       wait_for_previous_kernel();
       if (has_unit) unit.x.load(operands, cols, share.unit(0), lane);
     }
-    wait_for_copies<1>();
-    __syncwarp();
     write_tables();
-#pragma unroll 1
-    for (int i = 1; i < Shape::kSlots; ++i) ring.refill();
     for (int begin = 0; begin < rows.tiles; begin += tiles_a_pass) {
       const int end = min(begin + tiles_a_pass, rows.tiles);
       __syncthreads();
@@ -75,7 +70,7 @@ struct Decoder {
         sums.clear(end - begin);
         __syncthreads();
       }
-      visit_tiles(unit, ring, begin, end);
+      visit_tiles(unit, feeder, begin, end);
       __syncthreads();
       sums.template write_results<T>(operands, w.rows, rows.first + begin * kTileRows,
                                      min(rows.count - begin * kTileRows, (end - begin) * kTileRows));
@@ -83,6 +78,7 @@ struct Decoder {
   }
 
  private:
+  __device__ __forceinline__ uint8_t* stage() const { return memory + Shape::kStages + warp * Shape::kStageBytes; }
   __device__ __forceinline__ float* scale_map() const { return reinterpret_cast<float*>(memory + Shape::kScaleMap); }
 
   // A warp's own copy of the codebook, in a gap of the pair table that sums take later.
@@ -109,8 +105,13 @@ struct Decoder {
     commit_copies();
   }
 
+  // The group of copies before the first visit's holds what they are made of.
   __device__ __forceinline__ void write_tables() const {
+    if (w.codebook != nullptr) wait_for_copies<1>();
+    __syncwarp();
     if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
+    if (kHasMap) wait_for_copies<1>();
+    __syncwarp();
     for (int piece = warp; kHasMap && piece < 16; piece += warps) {
       // Two lanes write the copies of a value.
       const float value = scale_map_piece(piece)[lane / 2];
@@ -122,9 +123,9 @@ struct Decoder {
   // What follows from a unit's activations.
   __device__ __forceinline__ void prepare(Unit& unit, int index) const {
     const int row = rows.first + g;
-    unit.scale_bits_below = Ring<Shape>::bits_below(w, Shape::kLogScaleBytes, row, index);
+    unit.scale_bits_below = Feeder<Shape>::bits_below(w, Shape::kLogScaleBytes, row, index);
     if constexpr (Shape::kShift) {
-      unit.shift_bits_below = Ring<Shape>::bits_below(w, Ring<Shape>::log_shift_bytes(w), row, index);
+      unit.shift_bits_below = Feeder<Shape>::bits_below(w, Feeder<Shape>::log_shift_bytes(w), row, index);
 #pragma unroll
       for (int n = 0; n < kTokenTiles; ++n) {
 #pragma unroll
@@ -133,51 +134,50 @@ struct Decoder {
     }
   }
 
-  __device__ __forceinline__ void visit_tiles(Unit& unit, Ring<Shape>& ring, int begin, int end) const {
+  __device__ __forceinline__ void visit_tiles(Unit& unit, Feeder<Shape>& feeder, int begin, int end) const {
     for (int round = 0; round < share.rounds; ++round) {
       const int index = share.unit(round);
       if (round > 0 || (begin > 0 && share.rounds > 1)) unit.x.load(operands, cols, index, lane);
       prepare(unit, index);
-#ifndef LOWBIT_NO_PREFETCH
-      if (round + 1 < share.rounds) {
-        Activations<T, Shape, kTokenTiles>::prefetch(operands, cols, share.unit(round + 1), lane);
-      }
-#endif
       const int first_tile = share.first_tile(round, begin, end), end_tile = share.end_tile(round, begin, end);
       uint32_t offset = sums.offset_of_lane(first_tile - begin, warp, lane);
 #pragma unroll 1
       for (int tile = first_tile; tile < end_tile; ++tile, offset += warps * sums.bytes_of_warp()) {
         float d[kTokenTiles][4] = {};
         if (round > 0 || share.full_rounds == 0) sums.load(d, offset, lane);
-        visit(unit, ring, d);
+        visit(unit, feeder, d);
         sums.store(d, offset, lane);
       }
     }
   }
 
-  __device__ __forceinline__ void visit(const Unit& unit, Ring<Shape>& ring, float (&d)[kTokenTiles][4]) const {
-    wait_for_copies<Shape::kSlots - 1>();
+  __device__ __forceinline__ void visit(const Unit& unit, Feeder<Shape>& feeder, float (&d)[kTokenTiles][4]) const {
+    wait_for_copies<0>();
     __syncwarp();
-    const uint8_t* stage = memory + Shape::kRings + (warp * Shape::kSlots + ring.slot) * Shape::kStageBytes;
     Codes<Shape> codes;
-    codes.read(stage, g * kUnitBytes + place_in_row());
-    FourNumbers scales[kQuads][2];
+    codes.read(stage(), g * kUnitBytes + place_in_row());
+    StoredScales<Shape::kScales> scales[kQuads][2];
     float shifts[kQuads][2];
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
-      read_scales(scales[quad], stage, quad, unit);
-      if constexpr (Shape::kShift) read_shifts(shifts[quad], stage, quad, unit);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales[quad][half].read(stage() + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes, quad);
+      }
+      if constexpr (Shape::kShift) read_shifts(shifts[quad], quad, unit);
     }
-    // All is in registers: the slot is free before the arithmetic begins.
+    // All is in registers: the stage is free before the arithmetic begins.
     __syncwarp();
-    ring.refill();
+    feeder.refill();
+    const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map() + g, scale_offset};
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
+      const FourNumbers scale[2] = {scales[quad][0].decode(meaning), scales[quad][1].decode(meaning)};
+      multiply_quad(codes, quad, scale, unit, d);
 #pragma unroll
       for (int n = 0; Shape::kShift && n < kTokenTiles; ++n) {
         add_shifts(d[n], shifts[quad][0], shifts[quad][1], unit.x_sums[n][quad]);
       }
-      multiply_quad(codes, quad, scales[quad], unit, d);
     }
   }
 
@@ -187,35 +187,16 @@ struct Decoder {
     return swizzled(g, byte / 16) * 16 + byte % 16;
   }
 
-  // Of rows g and g + 8, four groups.
-  __device__ __forceinline__ void read_scales(FourNumbers (&scale)[2], const uint8_t* stage, int quad, const Unit& unit) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t* row = stage + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes;
-      if constexpr (Shape::kScales == Scales::k32) {
-        scale[half] = read_float32(row + quad * 16);
-      } else if constexpr (Shape::kScales == Scales::k16) {
-        scale[half] = read_16_bit(row + quad * 8, w.scale_dtype, unit.scale_bits_below);
-      } else {
-        scale[half] = read_double_quantized(row + quad * 4, row + Shape::kScale2Offset, scale_map() + g, scale_offset,
-                                            unit.scale_bits_below);
-      }
-      if (Shape::kScales != Scales::k32) spread(scale[half], Ring<Shape>::log_share(w));
-    }
-  }
-
   // Of rows g and g + 8, group t of the four.
-  __device__ __forceinline__ void read_shifts(float (&shift)[2], const uint8_t* stage, int quad, const Unit& unit) const {
+  __device__ __forceinline__ void read_shifts(float (&shift)[2], int quad, const Unit& unit) const {
     const int group = quad * 4 + t;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* row = stage + Shape::kShiftOffset + (g + half * 8) * Shape::kScaleBytes;
-      if (Ring<Shape>::log_shift_bytes(w) == 2) {
-        shift[half] = reinterpret_cast<const float*>(row)[group];
-      } else {
-        const int place = (group >> Ring<Shape>::log_share(w)) * 2 + unit.shift_bits_below / 8;
-        shift[half] = load(row + place, w.scale_dtype, 0);
-      }
+      const uint8_t* row = stage() + Shape::kShiftOffset + (g + half * 8) * Shape::kScaleBytes;
+      const int place = (group >> Feeder<Shape>::log_share(w)) * 2 + unit.shift_bits_below / 8;
+      shift[half] = Shape::kScales != Scales::k16 && Feeder<Shape>::log_shift_bytes(w) == 2
+                        ? reinterpret_cast<const float*>(row)[group]
+                        : float_of_16_bits(*reinterpret_cast<const uint16_t*>(row + place), w.scale_dtype);
     }
   }
 

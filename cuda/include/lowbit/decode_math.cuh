@@ -127,18 +127,6 @@ struct Activations {
     }
   }
 
-  // Brings a unit's activations nearer: a line of 128 bytes a lane.
-  static __device__ __forceinline__ void prefetch(const DecodeOperands& operands, int cols, int unit, int lane) {
-    constexpr int kLineCols = 64, kLines = Shape::kUnit / kLineCols;
-#pragma unroll
-    for (int i = 0; i < kTokenTiles * kTokenTile * kLines; i += kLanes) {
-      const int token = (i + lane) / kLines, col = unit * Shape::kUnit + lane % kLines * kLineCols;
-      if (token < operands.tokens && col < cols) {
-        prefetch_line(static_cast<const T*>(operands.x) + static_cast<uint64_t>(token) * operands.x_stride + col);
-      }
-    }
-  }
-
   // The sum of token g over group t of four, for a tile of tokens. A product with ones in row i alone puts the sums of group i
   // there; then they change places.
   __device__ __forceinline__ float group_sum(int tile, int quad, int lane) const {

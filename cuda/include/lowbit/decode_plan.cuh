@@ -43,6 +43,10 @@ struct DecodeOperands {
   int32_t tiles_a_pass;  // tiles of a CTA whose sums share the memory at a time
   int32_t is_dependent;  // launched as a dependent kernel: it may start before the previous one has written x
 };
+static_assert(sizeof(DecodeOperands) == 64, "as the host lays it out");
+
+// Where in a row's scales the entry of scale_2 lies that they share: behind at most 8 codes.
+constexpr int kScale2Offset = 12;
 
 // How scales are stored: fp32, fp16 or bf16 as scale_dtype says, 8-bit codes.
 enum class Scales { k32, k16, kDouble };
@@ -56,32 +60,24 @@ struct DecodeShape {
   static constexpr bool kShift = kShift_;
   static constexpr int kUnit = kUnitBytes * 8 / kBits;
   static constexpr int kLogUnit = kBits == 4 ? 8 : 7;
-#ifdef LOWBIT_SLOTS
-  static constexpr int kSlots = LOWBIT_SLOTS;
-#else
-  // Visits that a warp has under way. A slot is free again as soon as its codes are in registers, so one keeps the memory busy;
-  // more wait longer in its queues, and SMs finish less evenly.
-  static constexpr int kSlots = 1;
-#endif
   static constexpr int kGroups = kUnit / kGroup;
   static constexpr int kLogGroup = kGroup == 64 ? 6 : 5;
   // A lane's codes of a group and a row: consecutive bytes, the quarter that its place in the fragment asks for.
   static constexpr int kLaneBytes = kGroup * kBits / 8 / 4;
   static constexpr int kLaneCols = kGroup / 4;
   static constexpr int kProducts = kLaneCols / 4;
-  // One row's scales of a unit in a stage of the ring, as stored; 4 bytes at kScale2Offset hold the entry of scale_2.
+  // One row's scales of a unit in a stage, as stored; kScale2Offset is among them.
   static constexpr int kScaleBytes = 4 * kGroups;
-  static constexpr int kScale2Offset = 12;
   static constexpr int kLogScaleBytes = kScales == Scales::k32 ? 2 : kScales == Scales::k16 ? 1 : 0;
   static constexpr int kScaleWords = (kGroups << kLogScaleBytes) / 4;
   static constexpr int kShiftWords = kScales == Scales::k16 ? kGroups / 2 : kGroups;
   static constexpr int kCodesBytes = kTileRows * kUnitBytes;
   static constexpr int kShiftOffset = kCodesBytes + kTileRows * kScaleBytes;
   static constexpr int kStageBytes = kShiftOffset + (kShift ? kTileRows * kScaleBytes : 0);
-  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, the rings of the warps, and what
-  // is left, for sums.
+  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, a stage for each warp, and what is
+  // left, for sums.
   static constexpr int kScaleMap = kBits == 4 ? kTableBytes : 0;
-  static constexpr int kRings = kScaleMap + (kScales == Scales::kDouble ? kScaleMapBytes : 0);
+  static constexpr int kStages = kScaleMap + (kScales == Scales::kDouble ? kScaleMapBytes : 0);
   static constexpr int kSumsInGaps = kBits == 4 ? kGapBytes : 0;
 };
 

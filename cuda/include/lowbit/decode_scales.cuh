@@ -1,7 +1,7 @@
-// Scales of a visit as fp32, read from a stage of the ring.
+// Scales of a visit as fp32, read from a stage.
 #pragma once
 
-#include "decode_ring.cuh"
+#include "decode_plan.cuh"
 
 namespace lowbit {
 
@@ -18,36 +18,74 @@ __device__ __forceinline__ void spread(FourNumbers& numbers, int log_share) {
   numbers.of[1] = numbers.of[0];
 }
 
-__device__ __forceinline__ FourNumbers read_float32(const uint8_t* from) {
-  const float4 values = *reinterpret_cast<const float4*>(from);
-  return {values.x, values.y, values.z, values.w};
+// Both ways are short, and a choice between results leaves the order of instructions free.
+__device__ __forceinline__ float float_of_16_bits(uint32_t bits, Dtype dtype) {
+  const float of_float16 = __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return dtype == Dtype::kBfloat16 ? __uint_as_float(bits << 16) : of_float16;
 }
 
-__device__ __forceinline__ FourNumbers read_16_bit(const uint8_t* from, Dtype dtype, int bits_below) {
-  uint2 words = *reinterpret_cast<const uint2*>(from);
-  words.x >>= bits_below;
-  if (dtype == Dtype::kBfloat16) {
-    return {__uint_as_float(words.x << 16), __uint_as_float(words.x & 0xffff0000u), __uint_as_float(words.y << 16),
-            __uint_as_float(words.y & 0xffff0000u)};
+// What turns stored scales into numbers.
+struct ScaleMeaning {
+  Dtype dtype;        // of scales of 16 bits
+  int log_share;      // log2 of the groups of a block
+  int bits_below;     // where the unit's first number lies in its word
+  const float* map;   // of 8-bit codes: this lane's copy of their values
+  float offset;       // of double-quantized scales
+};
+
+// Scales of a row and four groups, as they lie in the stage. Reading is apart from decoding, for as long as they are read the
+// stage cannot be filled again.
+template <Scales kScales>
+struct StoredScales;
+
+template <>
+struct StoredScales<Scales::k32> {
+  float4 values;
+
+  __device__ __forceinline__ void read(const uint8_t* row, int quad) {
+    values = *reinterpret_cast<const float4*>(row + quad * 16);
   }
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&words.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&words.y));
-  return {low.x, low.y, high.x, high.y};
-}
+  __device__ __forceinline__ FourNumbers decode(const ScaleMeaning&) const {
+    return {values.x, values.y, values.z, values.w};
+  }
+};
 
-// `map` is this lane's copy of the values of the 8-bit codes.
-__device__ __forceinline__ FourNumbers read_double_quantized(const uint8_t* from, const uint8_t* scale_2_from, const float* map,
-                                                             float offset, int bits_below) {
-  const uint32_t codes = *reinterpret_cast<const uint32_t*>(from) >> bits_below;
-  const float scale_2 = *reinterpret_cast<const float*>(scale_2_from);
-  FourNumbers scales;
+template <>
+struct StoredScales<Scales::k16> {
+  uint2 words;
+
+  __device__ __forceinline__ void read(const uint8_t* row, int quad) {
+    words = *reinterpret_cast<const uint2*>(row + quad * 8);
+  }
+  __device__ __forceinline__ FourNumbers decode(const ScaleMeaning& meaning) const {
+    const uint32_t first = words.x >> meaning.bits_below;
+    FourNumbers scales = {float_of_16_bits(first & 0xffffu, meaning.dtype), float_of_16_bits(first >> 16, meaning.dtype),
+                          float_of_16_bits(words.y & 0xffffu, meaning.dtype), float_of_16_bits(words.y >> 16, meaning.dtype)};
+    spread(scales, meaning.log_share);
+    return scales;
+  }
+};
+
+template <>
+struct StoredScales<Scales::kDouble> {
+  uint32_t codes;
+  float scale_2;
+
+  __device__ __forceinline__ void read(const uint8_t* row, int quad) {
+    codes = *reinterpret_cast<const uint32_t*>(row + quad * 4);
+    scale_2 = *reinterpret_cast<const float*>(row + kScale2Offset);
+  }
+  __device__ __forceinline__ FourNumbers decode(const ScaleMeaning& meaning) const {
+    FourNumbers scales;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float value = map[(codes >> (8 * i) & 255) * kScaleMapCopies];
-    // Two roundings, by definition.
-    scales.of[i] = __fadd_rn(__fmul_rn(value, scale_2), offset);
+    for (int i = 0; i < 4; ++i) {
+      const float value = meaning.map[(codes >> meaning.bits_below >> (8 * i) & 255) * kScaleMapCopies];
+      // Two roundings, by definition.
+      scales.of[i] = __fadd_rn(__fmul_rn(value, scale_2), meaning.offset);
+    }
+    spread(scales, meaning.log_share);
+    return scales;
   }
-  return scales;
-}
+};
 
 }  // namespace lowbit

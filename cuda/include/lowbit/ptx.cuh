@@ -60,11 +60,6 @@ __device__ __forceinline__ uint4 load_16_if(const void* from, bool is_inside) {
   return value;
 }
 
-// Brings the 128 bytes around `address` into the L1 cache.
-__device__ __forceinline__ void prefetch_line(const void* address) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
-}
-
 // d = a b + c: a is 16 x 16, b 16 x 8, c and d are 16 x 8 in fp32. Lane 4 g + t holds of a, in pairs of columns, rows g, g + 8,
 // g, g + 8; of b column g; of d columns 2 t and 2 t + 1 of rows g and g + 8.
 template <typename T>

@@ -1,4 +1,8 @@
-// The way of codes, scales and shifts from global to shared memory: each warp has a ring of its own, and no other waits for it.
+// The way of codes, scales and shifts from global to shared memory: each warp has a stage of its own, and no other waits for it.
+//
+// A stage is free again as soon as its codes are in registers, before the arithmetic on them begins. So one visit a warp is
+// under way at any time, which keeps the memory busy. Two or three wait longer in its queues, start the warps less evenly, and
+// who starts late ends late.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -78,17 +82,16 @@ struct NumberCopier {
   }
 };
 
-// Fills a warp's ring, visit after visit, in the order in which the sums are built: for each pass over as many tiles as have
+// Fills a warp's stage, visit after visit, in the order in which the sums are built: for each pass over as many tiles as have
 // room, for each round, for each tile.
 template <typename Shape>
-struct Ring {
+struct Feeder {
   const Weight& w;
   const RowShare& rows;
   const UnitShare& share;
   int tiles_a_pass;
-  uint32_t base;
+  uint32_t stage;
   int lane;
-  int slot = 0;
   // The next visit.
   int pass_begin = 0, pass_end, round = 0, tile, tile_end, rows_left;
   CodeCopier<Shape> codes;
@@ -96,17 +99,17 @@ struct Ring {
   NumberCopier<Shape::kShiftWords, Shape::kScaleBytes> shifts;
   uint64_t scale_row;  // of a double-quantized weight: the number of the lane's row's first scale
 
-  __device__ __forceinline__ Ring(const Weight& w_, const RowShare& rows_, const UnitShare& share_, int tiles_a_pass_,
-                                  uint32_t base_, int lane_)
-      : w(w_), rows(rows_), share(share_), tiles_a_pass(tiles_a_pass_), base(base_), lane(lane_) {
+  __device__ __forceinline__ Feeder(const Weight& w_, const RowShare& rows_, const UnitShare& share_, int tiles_a_pass_,
+                                    uint32_t stage_, int lane_)
+      : w(w_), rows(rows_), share(share_), tiles_a_pass(tiles_a_pass_), stage(stage_), lane(lane_) {
     pass_end = share.rounds > 0 ? min(tiles_a_pass, rows.tiles) : 0;
     if (pass_end > 0) enter_round();
   }
 
-  // Starts the copies of the next visit, if there is one, into the slot that was read last.
+  // Starts the copies of the next visit, if there is one.
   __device__ __forceinline__ void refill() {
     if (pass_begin < pass_end) {
-      copy_visit(base + slot * Shape::kStageBytes);
+      copy_visit();
       rows_left -= kTileRows;
       if (++tile == tile_end) {
         ++round;
@@ -114,14 +117,13 @@ struct Ring {
       }
     }
     commit_copies();
-    slot = slot + 1 == Shape::kSlots ? 0 : slot + 1;
   }
 
  private:
-  __device__ __forceinline__ void copy_visit(uint32_t stage) {
+  __device__ __forceinline__ void copy_visit() {
     codes.copy(stage, rows_left);
     scales.copy(stage + Shape::kCodesBytes, rows_left, lane);
-    if constexpr (Shape::kScales == Scales::kDouble) copy_scale_2(stage + Shape::kCodesBytes + Shape::kScale2Offset);
+    if constexpr (Shape::kScales == Scales::kDouble) copy_scale_2(stage + Shape::kCodesBytes + kScale2Offset);
     if constexpr (Shape::kShift) shifts.copy(stage + Shape::kShiftOffset, rows_left, lane);
   }
 
