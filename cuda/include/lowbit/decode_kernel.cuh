@@ -174,7 +174,7 @@ struct Decoder {
     __syncwarp();
     feeder.refill();
     const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map() + g,
-                                  scale_offset};
+                                  scale_offset, lane};
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
       const FourNumbers scale[2] = {scales[quad][0].decode(meaning), scales[quad][1].decode(meaning)};

@@ -31,6 +31,7 @@ struct ScaleMeaning {
   int bits_below;    // where the unit's first number lies in its word
   const float* map;  // of 8-bit codes: this lane's copy of their values
   float offset;      // of double-quantized scales
+  int lane;
 };
 
 // Scales of a row and four groups, as they lie in the stage. Reading is apart from decoding, for as long as they are
@@ -77,14 +78,15 @@ struct StoredScales<Scales::kDouble> {
     scale_2 = *reinterpret_cast<const float*>(row + kScale2Offset);
   }
   __device__ __forceinline__ FourNumbers decode(const ScaleMeaning& meaning) const {
+    // A lane decodes the scale of its own group, t, and the four lanes of a row tell one another.
+    const int t = meaning.lane % 4;
+    const float value =
+        meaning.map[(codes >> meaning.bits_below >> (8 * (t >> meaning.log_share)) & 255) * kScaleMapCopies];
+    // Two roundings, by definition.
+    const float scale = __fadd_rn(__fmul_rn(value, scale_2), meaning.offset);
     FourNumbers scales;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float value = meaning.map[(codes >> meaning.bits_below >> (8 * i) & 255) * kScaleMapCopies];
-      // Two roundings, by definition.
-      scales.of[i] = __fadd_rn(__fmul_rn(value, scale_2), meaning.offset);
-    }
-    spread(scales, meaning.log_share);
+    for (int i = 0; i < 4; ++i) scales.of[i] = __shfl_sync(kWholeWarp, scale, meaning.lane - t + i);
     return scales;
   }
 };
