@@ -7,7 +7,7 @@
 //   grid     one CTA an SM, or fewer; at most one a row
 //   block    32 * warps threads: up to 512 for 8 tokens, up to 384 for 16, where 8 warps do better with few columns
 //   shared   dynamic, in bytes: tables + warps * stage + sums
-//            tables  65536 for 4-bit codes, with room for the first 32768 of sums; 0 for int8; 8192 more for double
+//            tables  65536 for 4-bit codes, with room for the first 32768 of sums; 0 for int8; 1024 more for double
 //            stage   2048 + 64 * groups, with shifts 2048 + 128 * groups; groups = 8 for block32, else 4
 //            sums    64 * warps * columns for every tile of 16 rows of a CTA that has room at a time, one at least;
 //                    columns = tokens rounded up to 2, 4, 8 or 16

@@ -94,7 +94,7 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   const int warps = warps_asked > 0 ? warps_asked : !is_wide ? 16 : units >= 24 ? 12 : 8;
   const int groups = f.bits == 4 && f.block_size == 32 ? 8 : 4;
   const int stage = 2048 + 64 * groups * (f.has_shift ? 2 : 1);
-  const int tables = (f.bits == 4 ? 65536 : 0) + (f.storage == Storage::kDouble ? 8192 : 0);
+  const int tables = (f.bits == 4 ? 65536 : 0) + (f.storage == Storage::kDouble ? 1024 : 0);
   const int in_gaps = f.bits == 4 ? 32768 : 0;
   const int grid = std::min(multiprocessors, shape.rows);
   const int tiles = ((shape.rows + grid - 1) / grid + 15) / 16;

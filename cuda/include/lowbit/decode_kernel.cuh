@@ -66,7 +66,7 @@ struct Decoder {
       wait_for_previous_kernel();
       if (has_unit) unit.x.load(operands, cols, share.unit(0), lane);
     }
-    write_tables();
+    write_pairs();
     for (int begin = 0; begin < rows.tiles; begin += tiles_a_pass) {
       const int end = min(begin + tiles_a_pass, rows.tiles);
       __syncthreads();
@@ -90,38 +90,24 @@ struct Decoder {
     return reinterpret_cast<float*>(memory + warp * kTableStride + kGap);
   }
 
-  // A piece of 16 values of the map of scales, beside the codebook's copy in the gap of the same number.
-  __device__ __forceinline__ float* scale_map_piece(int piece) const {
-    return reinterpret_cast<float*>(memory + piece * kTableStride + kGap) + kCodebookLength;
-  }
-
-  // Starts the copies of what this warp's share of the tables is made of, as one group.
+  // Starts the copies of the codebook, for each warp, and of the map of scales, as one group.
   __device__ __forceinline__ void copy_tables_async() const {
     if (Shape::kBits == 4 && lane < kCodebookLength) {
       if (w.codebook == nullptr) codebook_copy()[lane] = w.table[lane];
       else copy_4_async(shared_address(codebook_copy() + lane), w.codebook + lane, lane < w.codebook_length);
     }
-    if (kHasMap && lane < 16) {
-      for (int piece = warp; piece < 16; piece += warps) {
-        copy_4_async(shared_address(scale_map_piece(piece) + lane), lowbit_dynamic_map + piece * 16 + lane, true);
-      }
+    for (int code = threadIdx.x; kHasMap && code < 256; code += blockDim.x) {
+      copy_4_async(shared_address(scale_map() + code), lowbit_dynamic_map + code, true);
     }
     commit_copies();
   }
 
-  // The group of copies before the first visit's holds what they are made of.
-  __device__ __forceinline__ void write_tables() const {
+  // The group of copies before the first visit's is what the pair table is made of, and the map of scales.
+  __device__ __forceinline__ void write_pairs() const {
     if (w.codebook != nullptr) wait_for_copies<1>();
     __syncwarp();
     if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
     if (kHasMap) wait_for_copies<1>();
-    __syncwarp();
-    for (int piece = warp; kHasMap && piece < 16; piece += warps) {
-      // Two lanes write the copies of a value.
-      const float value = scale_map_piece(piece)[lane / 2];
-      float4* copies = reinterpret_cast<float4*>(scale_map() + (piece * 16 + lane / 2) * kScaleMapCopies);
-      copies[lane % 2] = make_float4(value, value, value, value);
-    }
   }
 
   // What follows from a unit's activations.
@@ -173,7 +159,7 @@ struct Decoder {
     // All is in registers: the stage is free before the arithmetic begins.
     __syncwarp();
     feeder.refill();
-    const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map() + g,
+    const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map(),
                                   scale_offset, lane};
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {

@@ -23,9 +23,8 @@ constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 constexpr int kGap = kTableStride / 2;
 constexpr int kGapBytes = 256 * kGap;
-// The 256 values of a double-quantized scale, a copy for each row of a fragment.
-constexpr int kScaleMapCopies = 8;
-constexpr int kScaleMapBytes = 256 * kScaleMapCopies * 4;
+// The values of the 256 codes of a double-quantized scale.
+constexpr int kScaleMapBytes = 256 * 4;
 
 // One call, mirrored by the host, which also makes the divisions: they would keep every warp busy before its first
 // load.

@@ -29,7 +29,7 @@ struct ScaleMeaning {
   Dtype dtype;       // of scales of 16 bits
   int log_share;     // log2 of the groups of a block
   int bits_below;    // where the unit's first number lies in its word
-  const float* map;  // of 8-bit codes: this lane's copy of their values
+  const float* map;  // the values of 8-bit codes
   float offset;      // of double-quantized scales
   int lane;
 };
@@ -81,7 +81,7 @@ struct StoredScales<Scales::kDouble> {
     // A lane decodes the scale of its own group, t, and the four lanes of a row tell one another.
     const int t = meaning.lane % 4;
     const float value =
-        meaning.map[(codes >> meaning.bits_below >> (8 * (t >> meaning.log_share)) & 255) * kScaleMapCopies];
+        meaning.map[(codes >> meaning.bits_below >> (8 * (t >> meaning.log_share)) & 255)];
     // Two roundings, by definition.
     const float scale = __fadd_rn(__fmul_rn(value, scale_2), meaning.offset);
     FourNumbers scales;
