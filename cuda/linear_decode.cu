@@ -1,21 +1,23 @@
-// y = x W^T + bias for up to 16 tokens on tensor cores, at the speed of memory: sm_80 and newer, fp16 and bf16 activations.
+// y = x W^T + bias for up to 16 tokens on tensor cores, at the speed of memory: sm_80 and newer, fp16 and bf16
+// activations. Sums are fp32, in an order that depends on the shapes and the launch alone; one rounding at the end.
+// decode_plan.cuh says who does what, decode_feeder.cuh how weights arrive, decode_math.cuh how they meet the tokens.
 //
-// Sums are fp32, in an order that depends on the shapes and the launch alone; one rounding at the end.
-// decode_plan.cuh says who does what, decode_ring.cuh how the weights arrive, decode_math.cuh how they meet the tokens.
-//
-// Launch of linear_decode_{float16,bfloat16}_{int4,int4_block32}[_shift]_{scale32,scale16,double}_{8,16}
-// and of linear_decode_{float16,bfloat16}_int8_{scale32,scale16}_{8,16}: the last number is the most tokens.
-//   grid      one CTA an SM, or fewer
-//   block     32 * warps threads; up to 512 for 8 tokens, up to 256 for 16
-//   shared    tables + warps * 2 * stage + sums, dynamic:
-//             tables  65536 (4-bit codes; it has room for the first 32768 bytes of sums), 0 (int8); and 8192 with scale_2
-//             stage   2048 + 64 * groups * (with shift ? 2 : 1); groups = 8 for block32, else 4
-//             sums    64 * warps * columns for every tile of 16 rows of a CTA, columns = tokens rounded up to 2, 4, 8 or 16;
-//                     room for one tile is enough, room for all is fastest
-//   takes     cols a multiple of 64; rows of codes and of x 16-byte aligned; blocks that start with the row, of a power of
-//             two or of a row: at least 64 (int4), 32 (int4_block32), at least 32 (int8; never scale_2). A unit of 256 cols
-//             (4 bits) or 128 has c = max(1, unit / block_size) numbers of b bytes: blocks_per_row * b must be a multiple of
-//             min(4, c * b), for scales and for shifts, and with scale_2 blocks_per_row a multiple of c
+// Launch of linear_decode_{float16,bfloat16}_{int4,int4_block32}[_shift]_{scale32,scale16,double}_{8,16} and of
+// linear_decode_{float16,bfloat16}_int8_{scale32,scale16}_{8,16}; the last number is the most tokens:
+//   grid     one CTA an SM, or fewer; at most one a row
+//   block    32 * warps threads: up to 512 for 8 tokens, up to 384 for 16, where 8 warps do better with few columns
+//   shared   dynamic, in bytes: tables + warps * stage + sums
+//            tables  65536 for 4-bit codes, with room for the first 32768 of sums; 0 for int8; 8192 more for double
+//            stage   2048 + 64 * groups, with shifts 2048 + 128 * groups; groups = 8 for block32, else 4
+//            sums    64 * warps * columns for every tile of 16 rows of a CTA that has room at a time, one at least;
+//                    columns = tokens rounded up to 2, 4, 8 or 16
+//   plan     the int32 fields of DecodeOperands; a unit is 256 columns of 4-bit codes or 128 of int8, the last may be
+//            short
+//   memory   no workspace
+// They take cols a multiple of 64, rows of codes and of x 16-byte aligned, and blocks that start with the row, of a
+// power of two or of a whole row: of at least 64 (int4), 32 (int4_block32, int8). With c = max(1, unit / block_size)
+// numbers a unit, of b bytes each, blocks_per_row * b must be a multiple of min(4, c * b), for scales and for shifts;
+// for double, blocks_per_row a multiple of c too.
 #include "lowbit/decode_kernel.cuh"
 
 extern "C" __device__ float lowbit_dynamic_map[256] = {};
@@ -47,20 +49,20 @@ __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOpera
     lowbit::linear_decode<lowbit::type, lowbit::Shape<lowbit::Scales::kScales>, tokens / lowbit::kTokenTile>(     \
         w, operands);                                                                                             \
   }
-#define LOWBIT_DECODE_TOKENS(type, weight, Shape, scales, kScales)  \
-  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 8, 512)       \
+#define LOWBIT_DECODE_TOKENS(type, weight, Shape, scales, kScales) \
+  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 8, 512)      \
   LOWBIT_DECODE(type, weight, Shape, scales, kScales, 16, 384)
-#define LOWBIT_DECODE_PLAIN(type, weight, Shape)              \
-  LOWBIT_DECODE_TOKENS(type, weight, Shape, scale32, k32)     \
+#define LOWBIT_DECODE_PLAIN(type, weight, Shape)          \
+  LOWBIT_DECODE_TOKENS(type, weight, Shape, scale32, k32) \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, scale16, k16)
-#define LOWBIT_DECODE_SCALES(type, weight, Shape)             \
-  LOWBIT_DECODE_PLAIN(type, weight, Shape)                    \
+#define LOWBIT_DECODE_SCALES(type, weight, Shape) \
+  LOWBIT_DECODE_PLAIN(type, weight, Shape)        \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, double, kDouble)
-#define LOWBIT_DECODE_WEIGHTS(type)                                  \
-  LOWBIT_DECODE_SCALES(type, int4, Int4)                             \
-  LOWBIT_DECODE_SCALES(type, int4_shift, Int4Shift)                  \
-  LOWBIT_DECODE_SCALES(type, int4_block32, Int4Block32)              \
-  LOWBIT_DECODE_SCALES(type, int4_block32_shift, Int4Block32Shift)   \
+#define LOWBIT_DECODE_WEIGHTS(type)                                \
+  LOWBIT_DECODE_SCALES(type, int4, Int4)                           \
+  LOWBIT_DECODE_SCALES(type, int4_shift, Int4Shift)                \
+  LOWBIT_DECODE_SCALES(type, int4_block32, Int4Block32)            \
+  LOWBIT_DECODE_SCALES(type, int4_block32_shift, Int4Block32Shift) \
   LOWBIT_DECODE_PLAIN(type, int8, Int8)
 LOWBIT_DECODE_WEIGHTS(bfloat16)
 LOWBIT_DECODE_WEIGHTS(float16)

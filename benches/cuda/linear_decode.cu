@@ -2,8 +2,9 @@
 // -gencode arch=compute_90a,code=sm_90a -o linear_decode benches/cuda/linear_decode.cu &&
 // ./linear_decode [check|short|time|all] [part of a format's name, or = and the name]
 //
-// Times are medians of CUDA-graph replays over weights that rotate through more than 300 MB, without dependent launch and with
-// it ("chain"). The roof is 1.5 us + bytes / rate, with the rate of a read-only stream of 1 GiB measured in the same run.
+// Times are medians of CUDA-graph replays over weights that rotate through more than 300 MB, without dependent launch
+// and with it ("chain"). The roof is 1.5 us + bytes / rate, with the rate of a read-only stream of 768 MiB
+// measured in the same run.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,21 +22,23 @@ using lowbit::DecodeOperands;
 using lowbit::Dtype;
 using lowbit::Weight;
 
-#define CHECK(call)                                                                      \
-  do {                                                                                   \
-    const cudaError_t error = (call);                                                    \
-    if (error != cudaSuccess) {                                                          \
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    const cudaError_t error = (call);                                                      \
+    if (error != cudaSuccess) {                                                            \
       std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                      \
-    }                                                                                    \
+      std::exit(1);                                                                        \
+    }                                                                                      \
   } while (0)
 
 constexpr size_t kPoolBytes = size_t{768} << 20;
 constexpr double kRoofStart = 1.5e-6;
+// clang-format off
 constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
                             -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
                             0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
                             0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// clang-format on
 
 enum class Storage { kPlain, kDouble };
 
@@ -66,12 +69,13 @@ struct Launch {
 int multiprocessors, most_shared;
 
 Kernel pick(const Format& f, bool is_bfloat16, bool is_wide) {
-#define PICK(weight) \
+#define PICK(weight)                                                                                    \
   (is_bfloat16 ? (is_wide ? linear_decode_bfloat16_##weight##_16 : linear_decode_bfloat16_##weight##_8) \
                : (is_wide ? linear_decode_float16_##weight##_16 : linear_decode_float16_##weight##_8))
-#define PICK_SCALE(weight)                                                                         \
-  (f.storage == Storage::kDouble               ? PICK(weight##_double)                             \
-   : f.scale_dtype == Dtype::kFloat32          ? PICK(weight##_scale32) : PICK(weight##_scale16))
+#define PICK_SCALE(weight)                                     \
+  (f.storage == Storage::kDouble      ? PICK(weight##_double)  \
+   : f.scale_dtype == Dtype::kFloat32 ? PICK(weight##_scale32) \
+                                      : PICK(weight##_scale16))
 #define PICK_INT8 (f.scale_dtype == Dtype::kFloat32 ? PICK(int8_scale32) : PICK(int8_scale16))
   if (f.bits == 8) return PICK_INT8;
   if (f.block_size == 32) return f.has_shift ? PICK_SCALE(int4_block32_shift) : PICK_SCALE(int4_block32);
@@ -142,7 +146,8 @@ __global__ void fill_bytes(uint32_t* to, size_t words, uint32_t seed) {
 __global__ void fill_numbers(void* to, Dtype dtype, size_t count, float low, float width, uint32_t seed) {
   const size_t step = size_t{gridDim.x} * blockDim.x;
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    lowbit::store(to, dtype, i, low + width * static_cast<float>(hash(static_cast<uint32_t>(i), seed) >> 8) / 16777216.0f);
+    lowbit::store(to, dtype, i,
+                  low + width * static_cast<float>(hash(static_cast<uint32_t>(i), seed) >> 8) / 16777216.0f);
   }
 }
 
@@ -208,7 +213,10 @@ Weight weight(const Data& d, const Format& f, const Shape& s, int copy) {
   const size_t blocks = size_t(s.rows) * blocks_per_row(f, s);
   w.codes = d.codes + copy * aligned(code_bytes(f, s));
   w.scales = d.numbers + copy * aligned(blocks * (f.storage == Storage::kDouble ? 1 : number_bytes(f)));
-  if (f.storage == Storage::kDouble) w.scale_2 = d.scale_2 + copy * aligned(blocks / 256 + 1), w.scale_offset = d.offset;
+  if (f.storage == Storage::kDouble) {
+    w.scale_2 = d.scale_2 + copy * aligned(blocks / 256 + 1);
+    w.scale_offset = d.offset;
+  }
   if (f.has_shift) w.shifts = d.shifts + copy * aligned(blocks * number_bytes(f));
   w.rows = s.rows, w.cols = s.cols, w.row_codes = s.cols;
   w.blocks_per_row = blocks_per_row(f, s);
@@ -238,7 +246,8 @@ __global__ void multiply_in_fp64(Weight w, DecodeOperands o, Dtype activation, d
   for (int token = 0; token < o.tokens; ++token) {
     double sum = 0.0;
     for (int64_t col = threadIdx.x; col < w.cols; col += blockDim.x) {
-      sum += double(lowbit::weight_at(w, table, blockIdx.x, col)) * lowbit::load(o.x, activation, token * o.x_stride + col);
+      sum += double(lowbit::weight_at(w, table, blockIdx.x, col)) *
+             lowbit::load(o.x, activation, token * o.x_stride + col);
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
@@ -363,11 +372,11 @@ double linear_seconds(const Data& d, const Format& f, const Shape& s, int tokens
 constexpr Dtype kF32 = Dtype::kFloat32, kF16 = Dtype::kFloat16, kBf16 = Dtype::kBfloat16;
 constexpr Storage kPlain = Storage::kPlain, kDouble = Storage::kDouble;
 const Format kFormats[] = {
-    {"nf4", 4, 64, kF32, kPlain, false, false},         {"nf4-double", 4, 64, kF32, kDouble, false, false},
-    {"nf4-scale16", 4, 64, kF16, kPlain, false, false}, {"nf4-block32", 4, 32, kF32, kPlain, false, false},
+    {"nf4", 4, 64, kF32, kPlain, false, false},           {"nf4-double", 4, 64, kF32, kDouble, false, false},
+    {"nf4-scale16", 4, 64, kF16, kPlain, false, false},   {"nf4-block32", 4, 32, kF32, kPlain, false, false},
     {"nf4-block128", 4, 128, kF32, kPlain, false, false}, {"int4-g128", 4, 128, kF16, kPlain, false, true},
-    {"uint4-g64", 4, 64, kF16, kPlain, true, true},     {"uint4-g128", 4, 128, kF16, kPlain, true, true},
-    {"int8-row", 8, 0, kF32, kPlain, false, true},      {"int8-block128", 8, 128, kF32, kPlain, false, true},
+    {"uint4-g64", 4, 64, kF16, kPlain, true, true},       {"uint4-g128", 4, 128, kF16, kPlain, true, true},
+    {"int8-row", 8, 0, kF32, kPlain, false, true},        {"int8-block128", 8, 128, kF32, kPlain, false, true},
 };
 const Format kMoreFormats[] = {
     {"nf4-bf16", 4, 64, kBf16, kPlain, false, false},      {"uint4-f32", 4, 64, kF32, kPlain, true, true},
@@ -406,8 +415,8 @@ int check(Data& d, const Format& f, const Shape& s, int tokens, bool is_bfloat16
   const double bound = is_bfloat16 ? 4e-3 : 5e-4;
   const bool is_good = error < bound && dependent == error && is_same && is_same_dependent;
   if (!is_good) {
-    std::printf("WRONG %s %dx%d tokens %d %s warps %d: error %.2e, dependent %.2e, repeatable %d %d\n", f.name, s.rows, s.cols,
-                tokens, is_bfloat16 ? "bf16" : "fp16", warps, error, dependent, is_same, is_same_dependent);
+    std::printf("WRONG %s %dx%d tokens %d %s warps %d: error %.2e, dependent %.2e, repeatable %d %d\n", f.name, s.rows,
+                s.cols, tokens, is_bfloat16 ? "bf16" : "fp16", warps, error, dependent, is_same, is_same_dependent);
   }
   return is_good ? 0 : 1;
 }
@@ -438,8 +447,9 @@ void time_row(const Data& d, const Format& f, const Shape& s, int tokens, bool i
   const double roof = kRoofStart + weight_bytes(f, s) / rate;
   const double alone = linear_seconds(d, f, s, tokens, is_bfloat16, warps, false);
   const double chain = linear_seconds(d, f, s, tokens, is_bfloat16, warps, true);
-  std::printf("%-13s %5dx%-5d M=%-2d %s w%-2d %7.2f us %5.1f%%   chain %7.2f us %5.1f%%\n", f.name, s.rows, s.cols, tokens,
-              is_bfloat16 ? "bf16" : "fp16", warps, alone * 1e6, 100 * roof / alone, chain * 1e6, 100 * roof / chain);
+  std::printf("%-13s %5dx%-5d M=%-2d %s %7.2f us %5.1f%%   chain %7.2f us %5.1f%%\n", f.name, s.rows, s.cols,
+              tokens, is_bfloat16 ? "bf16" : "fp16", alone * 1e6, 100 * roof / alone, chain * 1e6,
+              100 * roof / chain);
   std::fflush(stdout);
 }
 

@@ -1,8 +1,9 @@
-// The way of codes, scales and shifts from global to shared memory: each warp has a stage of its own, and no other waits for it.
+// The way of codes, scales and shifts from global to shared memory: each warp has a stage of its own, and no other
+// waits for it.
 //
-// A stage is free again as soon as its codes are in registers, before the arithmetic on them begins. So one visit a warp is
-// under way at any time, which keeps the memory busy. Two or three wait longer in its queues, start the warps less evenly, and
-// who starts late ends late.
+// A stage is free again as soon as its codes are in registers, before the arithmetic on them begins. So one visit a
+// warp is under way at any time, which keeps the memory busy. Two or three wait longer in its queues, start the warps
+// less evenly, and who starts late ends late.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -10,8 +11,8 @@
 
 namespace lowbit {
 
-// A 16-byte chunk of row `row` of a unit lies at this place of the row: neither copies nor the reads of fragments, 4 or 8 bytes
-// a lane, meet a bank twice.
+// A 16-byte chunk of row `row` of a unit lies at this place of the row: neither copies nor the reads of fragments, 4 or
+// 8 bytes a lane, meet a bank twice.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return chunk ^ ((row & 3) << 1 | (row >> 2 & 1)); }
 
 // The row of a lane that has nothing to copy: past every tile.
@@ -23,8 +24,8 @@ struct CodeCopier {
   static constexpr int kChunks = kUnitBytes / 16, kRowsAtOnce = kLanes / kChunks;
   const uint8_t* from;
   uint32_t step;  // bytes from a lane's row to its next
-  uint32_t to;   // in a stage, for the first rows; later ones have the same swizzle or that of the row 4 further
-  int row;       // of the tile; past every tile where the unit has no such columns
+  uint32_t to;    // in a stage, for the first rows; later ones have the same swizzle or that of the row 4 further
+  int row;        // of the tile; past every tile where the unit has no such columns
 
   __device__ __forceinline__ void enter(const Weight& w, int unit, int first_row, int lane) {
     const int chunk = lane % kChunks, lane_row = lane / kChunks;
@@ -44,7 +45,6 @@ struct CodeCopier {
       from += step;
     }
   }
-
 };
 
 // Copies scales or shifts, tile after tile: kWords 4-byte words a row, of which long blocks leave some unused.
@@ -56,17 +56,18 @@ struct NumberCopier {
   uint32_t to;
   int row;
 
-  // The numbers have 2^log_bytes bytes, and 2^log_share groups of the row share one; `first` is the unit's first. Numbers of a
-  // word each are copied for every group; of smaller ones, the words that hold them. Past the end of a row they become 0.
-  __device__ __forceinline__ void enter(const void* numbers, int log_bytes, int log_share, uint32_t per_row, uint32_t first,
-                                        int first_row, int lane) {
+  // The numbers have 2^log_bytes bytes, and 2^log_share groups of the row share one; `first` is the unit's first.
+  // Numbers of a word each are copied for every group; of smaller ones, the words that hold them. Past the end of a row
+  // they become 0.
+  __device__ __forceinline__ void enter(const void* numbers, int log_bytes, int log_share, uint32_t per_row,
+                                        uint32_t first, int first_row, int lane) {
     const int lane_row = lane / kWords, word = lane % kWords;
     const int number = log_bytes == 2 ? word >> log_share : word << (2 - log_bytes);
     const uint64_t byte = (static_cast<uint64_t>(first_row + lane_row) * per_row + first) << log_bytes;
     from = static_cast<const uint8_t*>(numbers) + ((byte & ~uint64_t{3}) + (number << log_bytes));
     step = kRowsAtOnce * per_row << log_bytes;
     to = lane_row * kStride + word * 4;
-    // A unit shorter than a block, or two units of it in a word, still have their first number.
+    // Of numbers smaller than a word, a unit has at least one, and no more than its groups share.
     const bool is_used = log_bytes == 2 || number == 0 || number << log_share < kWords << (2 - log_bytes);
     row = is_used && first + number < per_row ? lane_row : kNoRow;
   }
@@ -82,8 +83,8 @@ struct NumberCopier {
   }
 };
 
-// Fills a warp's stage, visit after visit, in the order in which the sums are built: for each pass over as many tiles as have
-// room, for each round, for each tile.
+// Fills a warp's stage, visit after visit, in the order in which the sums are built: for each pass over as many tiles
+// as have room, for each round, for each tile.
 template <typename Shape>
 struct Feeder {
   const Weight& w;
@@ -131,7 +132,8 @@ struct Feeder {
   __device__ __forceinline__ void copy_scale_2(uint32_t to) {
     if (lane < kTileRows) {
       const bool is_inside = lane < rows_left;
-      copy_4_async(to + lane * Shape::kScaleBytes, w.scale_2 + (is_inside ? scale_row / kScalesPerScale2 : 0), is_inside);
+      copy_4_async(to + lane * Shape::kScaleBytes, w.scale_2 + (is_inside ? scale_row / kScalesPerScale2 : 0),
+                   is_inside);
     }
     scale_row += kTileRows * static_cast<uint32_t>(w.blocks_per_row);
   }

@@ -30,7 +30,6 @@ struct Decoder {
   Sums<Shape> sums;
   float scale_offset = 0.0f;
 
-
   // A unit's part of a visit: activations, their sums, and how far below a word's start its numbers lie.
   struct Unit {
     Activations<T, Shape, kTokenTiles> x;
@@ -39,7 +38,12 @@ struct Decoder {
   };
 
   __device__ __forceinline__ Decoder(const Weight& w_, const DecodeOperands& operands_, uint8_t* memory_)
-      : w(w_), operands(operands_), memory(memory_), cols(static_cast<int>(w_.cols)), rows(operands_), share(operands_, warp, warps),
+      : w(w_),
+        operands(operands_),
+        memory(memory_),
+        cols(static_cast<int>(w_.cols)),
+        rows(operands_),
+        share(operands_, warp, warps),
         sums(memory_, warps, operands_.tokens) {}
 
   __device__ __forceinline__ void run() {
@@ -48,8 +52,8 @@ struct Decoder {
     allow_next_kernel();
     copy_tables_async();
     if (kHasMap) scale_offset = *w.scale_offset;
-    // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of the
-    // previous kernel; weights are not.
+    // Activations are asked for before the weights fill the queues of the memory, unless they may still be results of
+    // the previous kernel; weights are not.
     Unit unit;
     const bool has_unit = share.rounds > 0;
     if (has_unit && !operands.is_dependent) unit.x.load(operands, cols, share.unit(0), lane);
@@ -169,7 +173,8 @@ struct Decoder {
     // All is in registers: the stage is free before the arithmetic begins.
     __syncwarp();
     feeder.refill();
-    const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map() + g, scale_offset};
+    const ScaleMeaning meaning = {w.scale_dtype, Feeder<Shape>::log_share(w), unit.scale_bits_below, scale_map() + g,
+                                  scale_offset, lane};
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
       const FourNumbers scale[2] = {scales[quad][0].decode(meaning), scales[quad][1].decode(meaning)};

@@ -1,6 +1,6 @@
-// From codes and activations to products on the tensor cores. The weights are operand A, 16 rows; the tokens are the columns of
-// operand B. A product does not mind which in-features are its k = 0..15 as long as both operands agree: a lane takes
-// consecutive bytes of a row, and consecutive activations to match, so that no byte has to move.
+// From codes and activations to products on the tensor cores. The weights are operand A, 16 rows; the tokens are the
+// columns of operand B. A product does not mind which in-features are its k = 0..15 as long as both operands agree: a
+// lane takes consecutive bytes of a row, and consecutive activations to match, so that no byte has to move.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -24,7 +24,8 @@ __device__ __forceinline__ void write_pair_table(uint8_t* table, float value, in
     const int entry = first + lane / kLanesOfAnEntry;
     const uint32_t even = __shfl_sync(kWholeWarp, bits, entry >> 4), odd = __shfl_sync(kWholeWarp, bits, entry & 15);
     const uint32_t pair = even | odd << 16;
-    *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) = make_uint4(pair, pair, pair, pair);
+    *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) =
+        make_uint4(pair, pair, pair, pair);
   }
 }
 
@@ -34,8 +35,8 @@ __device__ __forceinline__ uint32_t look_up_pair(const uint8_t* table, uint32_t 
   return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
 }
 
-// Bytes `2 half` and `2 half + 1` of `codes`, int8, as T. Exact: a number's lower 7 bits are set beside 128 (bf16) or the number
-// plus 128 beside 1024 (fp16), and what is too much is taken away.
+// Bytes `2 half` and `2 half + 1` of `codes`, int8, as T. Exact: a number's lower 7 bits are set beside 128 (bf16) or
+// the number plus 128 beside 1024 (fp16), and what is too much is taken away.
 template <typename T>
 __device__ __forceinline__ uint32_t convert_int8_pair(uint32_t codes, int half);
 
@@ -103,8 +104,8 @@ struct Activations {
   static constexpr int kWords = Shape::kLaneCols / 2;
   uint32_t words[kTokenTiles][Shape::kGroups][kWords];
 
-  // Columns of operand B that are no tokens repeat the last one: nobody reads what becomes of them. In-features past the end
-  // become 0.
+  // Columns of operand B that are no tokens repeat the last one: nobody reads what becomes of them. In-features past
+  // the end become 0.
   __device__ __forceinline__ void load(const DecodeOperands& operands, int cols, int unit, int lane) {
     const int g = lane >> 2, t = lane & 3;
     const int col = unit * Shape::kUnit, groups = (cols - col) / Shape::kGroup;
@@ -127,8 +128,8 @@ struct Activations {
     }
   }
 
-  // The sum of token g over group t of four, for a tile of tokens. A product with ones in row i alone puts the sums of group i
-  // there; then they change places.
+  // The sum of token g over group t of four, for a tile of tokens. A product with ones in row i alone puts the sums of
+  // group i there; then they change places.
   __device__ __forceinline__ float group_sum(int tile, int quad, int lane) const {
     const int g = lane >> 2, t = lane & 3;
     const uint32_t one = bits_of<T>(1.0f), ones = one | one << 16;
@@ -139,7 +140,7 @@ struct Activations {
       const uint32_t a[4] = {in_row, 0, in_row, 0};
 #pragma unroll
       for (int j = 0; j < Shape::kProducts; ++j) {
-        const uint32_t(&x)[kWords] = words[tile][4 * quad + i];
+        const uint32_t (&x)[kWords] = words[tile][4 * quad + i];
         multiply_tile<T>(d, a, x[2 * j], x[2 * j + 1], d[0], d[1], d[2], d[3]);
       }
     }

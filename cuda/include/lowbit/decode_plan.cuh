@@ -1,9 +1,9 @@
 // Who does what in linear_decode: rows to CTAs, in-features to warps, and where things lie in shared memory.
 //
-// A CTA takes an even share of the rows, cut into tiles of 16. Its warps share the in-features: these are cut into units of
-// 128 bytes of codes a row, and a warp visits (unit, tile) after (unit, tile), with the activations of the unit in registers
-// and a sum of its own for every tile. The units that are left when all warps have had equally many are shared out tile by
-// tile, so that no warp has a whole round more than another.
+// A CTA takes an even share of the rows, cut into tiles of 16. Its warps share the in-features: these are cut into
+// units of 128 bytes of codes a row, and a warp visits (unit, tile) after (unit, tile), with the activations of the
+// unit in registers and a sum of its own for every tile. The units that are left when all warps have had equally many
+// are shared out tile by tile, so that no warp has a whole round more than another.
 #pragma once
 
 #include "weight.cuh"
@@ -17,8 +17,8 @@ constexpr int kUnitBytes = 128;
 // Tokens in one product of the tensor cores.
 constexpr int kTokenTile = 8;
 
-// The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank. Entries
-// are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
+// The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank.
+// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
 constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 constexpr int kGap = kTableStride / 2;
@@ -27,7 +27,8 @@ constexpr int kGapBytes = 256 * kGap;
 constexpr int kScaleMapCopies = 8;
 constexpr int kScaleMapBytes = 256 * kScaleMapCopies * 4;
 
-// One call, mirrored by the host, which also makes the divisions: they would keep every warp busy before its first load.
+// One call, mirrored by the host, which also makes the divisions: they would keep every warp busy before its first
+// load.
 struct DecodeOperands {
   const void* x;     // [tokens, cols] of T, rows x_stride elements apart; 16-byte aligned, x_stride a multiple of 8
   const void* bias;  // [rows] of bias_dtype, or null
@@ -74,8 +75,8 @@ struct DecodeShape {
   static constexpr int kCodesBytes = kTileRows * kUnitBytes;
   static constexpr int kShiftOffset = kCodesBytes + kTileRows * kScaleBytes;
   static constexpr int kStageBytes = kShiftOffset + (kShift ? kTileRows * kScaleBytes : 0);
-  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, a stage for each warp, and what is
-  // left, for sums.
+  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, a stage for each warp, and
+  // what is left, for sums.
   static constexpr int kScaleMap = kBits == 4 ? kTableBytes : 0;
   static constexpr int kStages = kScaleMap + (kScales == Scales::kDouble ? kScaleMapBytes : 0);
   static constexpr int kSumsInGaps = kBits == 4 ? kGapBytes : 0;
@@ -93,15 +94,18 @@ struct RowShare {
   }
 };
 
-// The units of a warp, in rounds. In every full round each warp takes one unit; in the last one rest_parts warps share a unit,
-// each with its part of the tiles.
+// The units of a warp, in rounds. In every full round each warp takes one unit; in the last one rest_parts warps share
+// a unit, each with its part of the tiles.
 struct UnitShare {
   int warp, warps;
   int full_rounds, rounds;
   int last_unit, part, parts;
 
   __device__ __forceinline__ UnitShare(const DecodeOperands& operands, int warp_, int warps_)
-      : warp(warp_), warps(warps_), full_rounds(operands.full_rounds), rounds(operands.full_rounds),
+      : warp(warp_),
+        warps(warps_),
+        full_rounds(operands.full_rounds),
+        rounds(operands.full_rounds),
         parts(operands.rest_parts) {
     last_unit = warp;
     for (part = 0; part < parts && last_unit >= operands.rest_units; ++part) last_unit -= operands.rest_units;

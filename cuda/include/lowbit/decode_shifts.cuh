@@ -1,6 +1,6 @@
-// The part of a product that shifts make: shift[row, group] * (the group's sum of x), 4 groups by two more products on the
-// tensor cores. These take bf16, so that both factors are split into three parts that hold all 24 bits of fp32; what is left out
-// is below 2^-24 of a term. A lane needs one group's numbers only, t's.
+// The part of a product that shifts make: shift[row, group] * (the group's sum of x), 4 groups by two more products on
+// the tensor cores. These take bf16, so that both factors are split into three parts that hold all 24 bits of fp32;
+// what is left out is below 2^-24 of a term. A lane needs one group's numbers only, t's.
 #pragma once
 
 #include "decode_math.cuh"

@@ -14,7 +14,12 @@ struct Sums {
   uint32_t spare;
 
   __device__ __forceinline__ Sums(uint8_t* memory_, int warps_, int tokens)
-      : memory(memory_), warps(warps_), log_columns(tokens > 8 ? 4 : tokens > 4 ? 3 : tokens > 2 ? 2 : 1),
+      : memory(memory_),
+        warps(warps_),
+        log_columns(tokens > 8   ? 4
+                    : tokens > 4 ? 3
+                    : tokens > 2 ? 2
+                                 : 1),
         spare(Shape::kStages + warps_ * Shape::kStageBytes) {}
 
   __device__ __forceinline__ uint32_t bytes_of_warp() const { return kTileRows * 4 << log_columns; }
