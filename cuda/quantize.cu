@@ -306,6 +306,7 @@ __device__ void quantize_vectors(const Source& source, const Rule& rule, const T
 template <typename T>
 struct BlockSource {
   const Source& source;
+  const T* start;  // of a block within a row; null where blocks straddle rows
   int64_t row;
   int64_t col;
   int64_t length;
@@ -315,15 +316,21 @@ struct BlockSource {
     row = out.straddles_rows ? 0 : index / out.blocks_per_row;
     col = (out.straddles_rows ? index : index - row * out.blocks_per_row) * out.block_size;
     length = min(out.block_size, (out.straddles_rows ? rows * cols : cols) - col);
+    start = out.straddles_rows ? nullptr : static_cast<const T*>(from.base) + offset_of(row, col);
   }
   // Where the block's weight i stands in the tensor, counted in row-major order.
   __device__ __forceinline__ int64_t position(int64_t i) const { return row * source.shape[2] + col + i; }
   __device__ __forceinline__ float read(int64_t i) const {
-    const int64_t at = position(i), cols = source.shape[2];
-    const int64_t in_row = at / cols, expert = in_row / source.shape[1];
-    const int64_t offset = expert * source.strides[0] + (in_row - expert * source.shape[1]) * source.strides[1] +
-                           (at - in_row * cols) * source.strides[2];
-    return to_float(static_cast<const T*>(source.base)[offset]);
+    if (start != nullptr) return to_float(start[i * source.strides[2]]);
+    const int64_t at = position(i), in_row = at / source.shape[2];
+    return to_float(static_cast<const T*>(source.base)[offset_of(in_row, at - in_row * source.shape[2])]);
+  }
+
+ private:
+  __device__ __forceinline__ int64_t offset_of(int64_t in_row, int64_t in_col) const {
+    const int64_t expert = in_row / source.shape[1];
+    return expert * source.strides[0] + (in_row - expert * source.shape[1]) * source.strides[1] +
+           in_col * source.strides[2];
   }
 };
 

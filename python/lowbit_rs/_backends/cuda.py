@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit_rs import _native
 from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
+from lowbit_rs.errors import unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
 #: Bytes of the weight that are unpacked at once for a product with many tokens: they are read again while still in the
@@ -124,8 +125,13 @@ def embedding(weight: CudaWeight, indices: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x."""
+def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x.
+
+    Raises Unsupported for an ``activation`` other than "none": x is taken as it is.
+    """
+    if activation != "none":
+        raise unsupported(f'activation="{activation}" on CUDA', 'no kernel here rounds activations; take "none"')
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
     if tokens > CUDA_MAX_TOKENS:
