@@ -201,10 +201,12 @@ mod tests {
         // 64 KiB of table, 16 rings of 2304 bytes; the sums of 4 tiles lie in the table.
         assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 16 * 2304));
         assert!(chosen.is_dependent);
-        // 62 rows a block and 8 more; 56 units of 256 columns for 16 warps.
+        // 62 rows a block and 8 more; 112 units of 256 columns for 16 warps.
         let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass } = chosen.share;
-        assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 3));
-        assert_eq!((rest_units, rest_parts, tiles_a_pass), (8, 2, 4));
+        assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 7));
+        assert_eq!((rest_units, rest_parts, tiles_a_pass), (0, 1, 4));
+        let narrow = plan(&problem(Format::Nf4, BlockSize::Elements(64), (4096, 5120), 1), HOPPER).expect("a kernel");
+        assert_eq!((narrow.share.full_rounds, narrow.share.rest_units, narrow.share.rest_parts), (1, 4, 4));
         let wide = plan(&Problem { count: 9, dtype: Dtype::Float16, ..nf4 }, HOPPER).expect("a kernel");
         assert_eq!((wide.entry, wide.threads), ("linear_decode_float16_int4_scale32_16", 384));
         for (format, block_size, entry) in [
