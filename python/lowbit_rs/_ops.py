@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lowbit_rs._backends import Backend, backend_of
-from lowbit_rs._native import WeightView
 from lowbit_rs.errors import invalid
 from lowbit_rs.packed import Scheme, dtype_name, field_dtypes, make_spec, storage
 
@@ -55,7 +54,7 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     return register
 
 
-def borrow(weight: Sequence[Tensor], shape: Sequence[int], scheme: Scheme) -> tuple[Backend, WeightView]:
+def borrow(weight: Sequence[Tensor], shape: Sequence[int], scheme: Scheme) -> tuple[Backend[Any], Any]:
     """The backend of a weight and a view of its tensors, which the caller keeps alive."""
     stored = _scale_position(scheme)
     spec = make_spec(scheme) if stored is None else make_spec(scheme, dtype_name(weight[stored].dtype, "scale"))

@@ -31,9 +31,18 @@ def _raw(*keys: torch._C.DispatchKey) -> int:
     return raw
 
 
-#: Dispatch keys of an ordinary CPU tensor, and those that are always on for a thread. Any other key stands for someone
-#: who has to see the operator: a tracer, a functorch transform, a tensor subclass, a mode, a lazy negation, a device.
-_PLAIN_TENSOR = _raw(_KEY.CPU, _KEY.ADInplaceOrView, _KEY.AutogradCPU, _KEY.AutocastCPU)
+#: Dispatch keys of an ordinary tensor of the CPU or of CUDA, and those that are always on for a thread. Any other key
+#: stands for someone who has to see the operator: a tracer, a functorch transform, a tensor subclass, a mode, a lazy
+#: negation, another device.
+_PLAIN_TENSOR = _raw(
+    _KEY.CPU,
+    _KEY.CUDA,
+    _KEY.ADInplaceOrView,
+    _KEY.AutogradCPU,
+    _KEY.AutogradCUDA,
+    _KEY.AutocastCPU,
+    _KEY.AutocastCUDA,
+)
 _PLAIN_THREAD = _raw(_KEY.BackendSelect, _KEY.ADInplaceOrView)
 
 
@@ -53,7 +62,8 @@ def quantize(
 
     Each block of ``block_size`` consecutive weights of a row is stored as codes and a scale.
 
-    - ``tensor``: float32, float16 or bfloat16 on the CPU, of any strides; or a NumPy array, float32 or float16.
+    - ``tensor``: float32, float16 or bfloat16 on the CPU or a CUDA device, of any strides; or a NumPy array, float32 or
+      float16. The result lies on the same device.
     - ``format``: "nf4", "fp4", "int4", "uint4" (with a shift per block), "int8".
     - ``block_size``: a power of two from 16 to 4096, or "row" for one scale a row.
     - ``double_quant``: stores scales in 8 bits, with an fp32 scale for 256 of them (QLoRA, arXiv 2305.14314).

@@ -52,6 +52,7 @@ def quantize_model(
     scale_dtype: torch.dtype | None = None,
     block_order: str = "row",
     signed_absmax: bool = False,
+    device: torch.device | str | int | None = None,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
@@ -61,7 +62,9 @@ def quantize_model(
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
     - ``compute_dtype``, ``activation``: see QuantLinear;
-    - ``progress``: shows a progress bar.
+    - ``progress``: shows a progress bar;
+    - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
+      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, and layers whose weight
     torch reads without calling them are left alone too; the report says which and why. Raises InvalidArgument, before
@@ -86,8 +89,10 @@ def quantize_model(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     names = _choose(model, skip, embeddings, report)
     for name in names:
-        _check_values(name, model.get_submodule(name))
+        _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
+        if device is not None:
+            model.get_submodule(name).to(device)
         _replace_one(model, name, options, {"compute_dtype": compute_dtype, "activation": activation}, report)
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
@@ -184,11 +189,11 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_values(name: str, module: nn.Module) -> None:
+def _check_values(name: str, module: nn.Module, device: torch.device | str | int | None) -> None:
     weight = module.get_parameter("weight")
     if weight.is_meta:
         raise invalid("model", f"the meta tensor {name}.weight, which has no values", "a model with loaded weights")
-    backend_of(weight.device)
+    backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 
 
 def _replace_one(
