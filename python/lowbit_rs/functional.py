@@ -136,6 +136,29 @@ def _linear(x: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Schem
     return backend.linear(view, x, bias)
 
 
+def packed_linear_grouped(
+    x: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: Sequence[int],
+    scheme: Scheme,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows x [S, K], sorted by expert, times the matrices of a stack [experts, N, K]: [S, N] in the dtype of x.
+
+    ``counts``, int64 [experts], says how many rows each expert gets; rows beyond their sum become zero. Parts of the
+    weight, autocast and ``compute_dtype`` are as in :func:`packed_linear`.
+    """
+    x = _autocast(x)
+    multiply = torch.ops.lowbit_rs.linear_grouped.default
+    result: Tensor
+    if compute_dtype is not None and compute_dtype != x.dtype:
+        result = multiply(x.to(compute_dtype), counts, weight, list(shape), *scheme).to(x.dtype)
+    else:
+        result = multiply(x, counts, weight, list(shape), *scheme)
+    return result
+
+
 def packed_embedding(
     input: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Scheme, dtype: torch.dtype
 ) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit_rs import _native
 from lowbit_rs._native import Spec
-from lowbit_rs.errors import invalid
+from lowbit_rs.errors import invalid, unsupported
 
 BlockSize = int | Literal["row"]
 
@@ -191,6 +192,23 @@ class PackedWeight:
         count = self.shape.numel()
         return 8 * self.nbytes / count if count else 0.0
 
+    def __getitem__(self, index: int) -> PackedWeight:
+        """Matrix ``index`` of a stack [experts, N, K], as a weight [N, K].
+
+        It shares memory with the stack, but for double-quantized scales where those of a matrix are not a whole number
+        of 256: these are restored to float32, with the same values. Raises InvalidArgument for a single matrix and for
+        an index outside the stack, Unsupported where blocks run on from one matrix into the next.
+        """
+        if len(self.shape) != 3:
+            raise invalid("index", f"{index!r} of a weight {list(self.shape)}", "a stack [experts, N, K]")
+        if not isinstance(index, int) or not -self.shape[0] <= index < self.shape[0]:
+            raise invalid("index", repr(index), f"a matrix of {self.shape[0]}")
+        tensors, scheme = matrix_of(list(self.tensors().values()), self.scheme, index % self.shape[0])
+        scale_dtype = self.spec.scale_dtype if scheme == self.scheme else "float32"
+        spec = make_spec(scheme, scale_dtype, self.spec.signed_absmax)
+        parts = dict(zip(field_dtypes(spec), tensors, strict=True))
+        return PackedWeight.from_tensors(spec, self.shape[1:], self.dtype, parts)
+
     def to(self, device: torch.device | str | int) -> PackedWeight:
         """This weight with its tensors on ``device``; itself where they are there already."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
@@ -216,6 +234,35 @@ class PackedWeight:
     def __repr__(self) -> str:
         size = f"{self.bits_per_weight:.2f} bits/weight, {format_bytes(self.nbytes)}"
         return f"PackedWeight({describe(self.spec)}, shape={list(self.shape)}, {size}, {self.device})"
+
+
+def matrix_of(tensors: Sequence[Tensor], scheme: Scheme, index: int) -> tuple[list[Tensor], Scheme]:
+    """Matrix ``index`` of a stack [experts, N, K] in parts, and its scheme: see ``PackedWeight.__getitem__``."""
+    fields = field_dtypes(make_spec(scheme))
+    parts = dict(zip(fields, tensors, strict=True))
+    if parts["data"].dim() != 3:
+        raise unsupported(
+            "a matrix of a stack", "blocks run on from one matrix into the next; pack with block_order row"
+        )
+    own = {name: part[index] if name in ("data", "scale", "shift") else part for name, part in parts.items()}
+    if not scheme[3]:
+        return list(own.values()), scheme
+    count = own["scale"].numel()
+    if count % _SCALES_PER_SCALE_2 == 0:
+        groups = count // _SCALES_PER_SCALE_2
+        own["scale_2"] = parts["scale_2"][index * groups : (index + 1) * groups]
+        return list(own.values()), scheme
+    own["scale"] = _restore_scales(own["scale"], index * count, own.pop("scale_2"), own.pop("scale_offset"))
+    if "shift" in own:
+        own["shift"] = own["shift"].to(torch.float32)  # scale and shift have one dtype
+    return list(own.values()), (*scheme[:3], False)
+
+
+def _restore_scales(codes: Tensor, start: int, scale_2: Tensor, offset: Tensor) -> Tensor:
+    """float32 scales of double-quantized ``codes``, of which the first is number ``start`` of its weight."""
+    table = torch.tensor(_native.dynamic_map(), dtype=torch.float32, device=codes.device)
+    numbers = torch.arange(start, start + codes.numel(), device=codes.device).view(codes.shape)
+    return table[codes.long()] * scale_2[numbers // _SCALES_PER_SCALE_2] + offset
 
 
 def describe(spec: Spec) -> str:

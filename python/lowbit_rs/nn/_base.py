@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,11 @@ class PackedModule(nn.Module):
         return make_spec(self._scheme, dtype_name(source.dtype), self._spec.signed_absmax)
 
     @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes, by the name at which PEFT knows a weight to be read through ``dequantize()``."""
+        return self.weight
+
+    @property
     def packed(self) -> PackedWeight:
         """The weight as a PackedWeight that shares memory with the parameters."""
         tensors = {field: getattr(self, key).detach() for field, key in zip(self._fields, self._keys, strict=True)}
@@ -101,18 +106,9 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the packed parameters where ``fn`` moves tensors, but never changes their dtype."""
-        packed = {id(getattr(self, key)) for key in self._keys}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in packed and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        cast = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if cast in DTYPES.values():
-            self.dtype = cast
+        cast = cast_of(fn, self.dtype, self.weight.device)
+        super()._apply(keeping_dtypes(fn, self._tensors()), recurse)  # type: ignore[no-untyped-call]
+        self.dtype = cast
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -173,16 +169,40 @@ class PackedModule(nn.Module):
         if scheme is not None and tuple(scheme) != self._scheme:
             theirs: Scheme = tuple(scheme)
             return f"got a weight packed as {describe(make_spec(theirs))}, expected {describe(self.spec)}"
-        for field, dtype in field_dtypes(self.spec).items():
-            key = prefix + state_key("weight", field)
-            tensor = state_dict.get(key)
-            if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
-                continue
-            # Copying would convert without a word. Between floats that is fine where nothing is lost.
-            both_float = dtype.is_floating_point and tensor.is_floating_point()
-            if not both_float or torch.promote_types(tensor.dtype, dtype) != dtype:
-                return f"got {tensor.dtype} in {key}, expected {dtype} for {describe(self.spec)}"
-        return None
+        return misfit(self.spec, prefix + "weight", state_dict)
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor], packed: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, what ``Module._apply`` gets, but that it leaves the tensors of ``packed`` their dtype."""
+    own = {id(tensor) for tensor in packed}
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if id(tensor) in own and moved.dtype != tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return move
+
+
+def cast_of(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``fn`` makes of ``dtype``, where a dequantized weight can have it."""
+    cast = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+    return cast if cast in DTYPES.values() else dtype
+
+
+def misfit(spec: Spec, name: str, state_dict: Mapping[str, Any]) -> str | None:
+    """Why the parts of the weight ``name`` in a state_dict cannot be of ``spec``, where torch would convert them."""
+    for field, dtype in field_dtypes(spec).items():
+        key = state_key(name, field)
+        tensor = state_dict.get(key)
+        if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
+            continue
+        # Copying would convert without a word. Between floats that is fine where nothing is lost.
+        both_float = dtype.is_floating_point and tensor.is_floating_point()
+        if not both_float or torch.promote_types(tensor.dtype, dtype) != dtype:
+            return f"got {tensor.dtype} in {key}, expected {dtype} for {describe(spec)}"
+    return None
 
 
 def empty_packed(
