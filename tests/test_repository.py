@@ -18,14 +18,15 @@ CORE = ROOT / "rust" / "core" / "src"
 
 PYTHON_LAYERS = (
     {"_native"},
-    {"errors"},
+    {"errors", "_post_import"},
     {"codebooks", "packed"},
     {"_backends"},
     {"_ops"},
     {"functional"},
     {"nn"},
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
-    {"files", "integrations"},
+    {"files"},
+    {"integrations"},
     {"demo"},
     {"cli"},
     {"__main__"},

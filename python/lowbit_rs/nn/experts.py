@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_rs._native import Spec
-from lowbit_rs.errors import LowbitError, invalid
+from lowbit_rs.errors import LowbitError, invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear_grouped, quantize
 from lowbit_rs.nn._base import cast_of, keeping_dtypes, misfit
 from lowbit_rs.packed import FIELDS, BlockSize, PackedWeight, Scheme, describe, dtype_name, make_spec, state_key
@@ -117,6 +117,8 @@ class QuantExperts(nn.Module):
     def _hold(self, name: str, packed: PackedWeight) -> None:
         if len(packed.shape) != 3:
             raise invalid(name, f"shape {list(packed.shape)}", "a stack [experts, outputs, inputs]")
+        if packed.data.dim() == 1:
+            raise unsupported(f"{name}: experts whose blocks run on from one into the next", 'use block_order="row"')
         tensors = packed.tensors()
         for field in FIELDS:
             tensor = tensors.get(field)

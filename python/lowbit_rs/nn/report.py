@@ -20,14 +20,14 @@ class ReportRow:
     """One layer that was packed. Sizes are those of its weight, in bytes, without the bias.
 
     ``relative_error`` is ``||w - w'|| / ||w||`` in the Frobenius norm, w' being the dequantized weight in fp32; 0 for a
-    weight of zeros.
+    weight of zeros, None where it was not computed.
     """
 
     name: str
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
-    relative_error: float
+    relative_error: float | None = None
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Report:
                 " x ".join(map(str, row.shape)),
                 format_bytes(row.bytes_before),
                 format_bytes(row.bytes_after),
-                f"{row.relative_error:.4f}",
+                "" if row.relative_error is None else f"{row.relative_error:.4f}",
             )
             for row in self.rows
         ]
