@@ -166,7 +166,7 @@ def test_new_heads_stay_float_and_trainable(llama: Path) -> None:
     assert type(model.score) is nn.Linear
     assert model.score.weight.requires_grad
     assert model.score.weight.std() > 0
-    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+    assert isinstance(model.get_submodule("model.layers.0.mlp.up_proj"), QuantLinear)
 
 
 def test_modules_kept_in_fp32(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_experts_are_packed_and_reported(saved: Path) -> None:
 
 def test_base_model_of_a_checkpoint_with_a_head(llama: Path) -> None:
     model = LlamaModel.from_pretrained(llama, quantization_config=LowbitConfig())
-    assert isinstance(model.layers[0].mlp.up_proj, QuantLinear)
+    assert isinstance(model.get_submodule("layers.0.mlp.up_proj"), QuantLinear)
     assert (
         AutoModel.from_pretrained(llama, quantization_config=LowbitConfig()).num_parameters() == model.num_parameters()
     )

@@ -203,11 +203,13 @@ class PackedWeight:
             raise invalid("index", f"{index!r} of a weight {list(self.shape)}", "a stack [experts, N, K]")
         if not isinstance(index, int) or not -self.shape[0] <= index < self.shape[0]:
             raise invalid("index", repr(index), f"a matrix of {self.shape[0]}")
-        tensors, scheme = matrix_of(list(self.tensors().values()), self.scheme, index % self.shape[0])
+        stack = self.tensors()
+        operands = [stack.pop(name) for name in field_dtypes(self.spec)]
+        tensors, scheme = matrix_of(operands, self.scheme, index % self.shape[0])
         scale_dtype = self.spec.scale_dtype if scheme == self.scheme else "float32"
         spec = make_spec(scheme, scale_dtype, self.spec.signed_absmax)
         parts = dict(zip(field_dtypes(spec), tensors, strict=True))
-        return PackedWeight.from_tensors(spec, self.shape[1:], self.dtype, parts)
+        return PackedWeight.from_tensors(spec, self.shape[1:], self.dtype, {**parts, **stack})
 
     def to(self, device: torch.device | str | int) -> PackedWeight:
         """This weight with its tensors on ``device``; itself where they are there already."""

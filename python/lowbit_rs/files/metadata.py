@@ -9,7 +9,8 @@ that a reader needs no other file: ``__metadata__`` maps ``lowbit`` to the JSON 
      "scale_dtype": "float32", "double_quant": true, "signed_absmax": false, "shape": [N, K], "dtype": "bfloat16"}}}
 
 where ``shape`` and ``dtype`` are those of the float weight. It is per file: in a sharded model each shard describes its
-own tensors, and the parts of a weight lie in one shard.
+own tensors, and the parts of a weight lie in one shard. A shard may describe tensors of other shards as well, as those
+that transformers writes do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from lowbit_rs._native import Spec
 from lowbit_rs.errors import InvalidArgument, invalid
-from lowbit_rs.packed import DTYPES, dtype_name, state_key, storage
+from lowbit_rs.packed import DTYPES, FIELDS, PackedWeight, dtype_name, state_key, storage
 
 from .safetensors_format import Header, TensorInfo, brief, is_size, parse_json, safetensors_dtype
 
@@ -62,6 +63,12 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     codebook_length: int | None = None
+
+    @classmethod
+    def of(cls, name: str, packed: PackedWeight) -> QuantizedTensor:
+        """What a packed weight is in a file, under ``name``."""
+        length = None if packed.codebook is None else packed.codebook.numel()
+        return cls(name, packed.spec, packed.shape, packed.dtype, length)
 
     def parts(self) -> dict[str, TensorInfo]:
         """The tensors that hold the weight, keyed as ``PackedWeight.tensors``."""
@@ -102,6 +109,8 @@ def encode_metadata(source: Mapping[str, str] | None, tensors: Iterable[Quantize
 def quantized_tensors(path: Path, header: Header) -> dict[str, QuantizedTensor]:
     """The quantized weights of a file by name, each checked against the tensors that it consists of; none if plain.
 
+    Weights that are described, but of which the file has no tensor, are those of another shard.
+
     Raises:
         InvalidArgument: naming the file and the tensor where the metadata are malformed or do not fit the tensors.
     """
@@ -121,6 +130,8 @@ def quantized_tensors(path: Path, header: Header) -> dict[str, QuantizedTensor]:
     owners: dict[str, str] = {}
     result = {}
     for name, value in content["tensors"].items():
+        if not any(state_key(name, part) in header.tensors for part in FIELDS):
+            continue
         tensor = _parse_tensor(f"{where}: tensor {brief(name)}", name, value, header)
         for part in tensor.parts().values():
             if owners.setdefault(part.name, name) != name:

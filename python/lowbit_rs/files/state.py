@@ -52,15 +52,7 @@ def save_packed(
     destination = Path(path)
     check_destination(destination, directory=False, force=force)
     described = {
-        name: QuantizedTensor(
-            name,
-            weight.spec,
-            weight.shape,
-            weight.dtype,
-            None if weight.codebook is None else weight.codebook.numel(),
-        )
-        for name, weight in tensors.items()
-        if isinstance(weight, PackedWeight)
+        name: QuantizedTensor.of(name, weight) for name, weight in tensors.items() if isinstance(weight, PackedWeight)
     }
     infos = [part for tensor in described.values() for part in tensor.parts().values()]
     for name, tensor in tensors.items():

@@ -69,15 +69,16 @@ class LowbitConfig(QuantizationConfigMixin):
 
     Raises InvalidArgument, a ValueError, for options that do not exist, have wrong values or do not go together.
 
-    ``format_version`` and ``packed_modules`` are written by this package: the version of the layout, and patterns
-    of the modules that are packed in a saved model.
+    In a saved model these are the options that it was packed with; how each weight is stored, its files say
+    (``lowbit_rs.files.metadata``). ``format`` is None where weights came packed from elsewhere. ``format_version`` is
+    that of the layout: a newer one than this package knows is refused.
     """
 
     quant_method: Any = "lowbit"
 
     def __init__(
         self,
-        format: str = "nf4",
+        format: str | None = "nf4",
         block_size: BlockSize = 64,
         double_quant: bool = False,
         codebook: str | CodebookLike | None = None,
@@ -90,7 +91,6 @@ class LowbitConfig(QuantizationConfigMixin):
         block_order: str = "row",
         signed_absmax: bool = False,
         nonfinite: str = "error",
-        packed_modules: Iterable[str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "lowbit",
         **unknown: Any,
@@ -112,7 +112,6 @@ class LowbitConfig(QuantizationConfigMixin):
         self.nonfinite = nonfinite
         self.embeddings = _flag("embeddings", embeddings)
         self.skip_modules = _names("skip_modules", skip_modules)
-        self.packed_modules = _names("packed_modules", packed_modules)
         self.overrides = _plain_overrides(overrides)
         self.post_init()
 
@@ -142,7 +141,7 @@ class LowbitConfig(QuantizationConfigMixin):
         _flag("double_quant", options["double_quant"])
         _flag("signed_absmax", options["signed_absmax"])
         return Recipe(
-            options["format"],
+            options["format"] or "nf4",
             options["block_size"],
             options["double_quant"],
             options["codebook"],
@@ -160,7 +159,7 @@ class LowbitConfig(QuantizationConfigMixin):
         ignored = sorted(set(config_dict) - known)
         if ignored:
             warnings.warn(f"quantization_config: ignored the unknown keys {', '.join(ignored)}", stacklevel=2)
-        rest = {key: value for key, value in config_dict.items() if key in known}
+        rest = {"format": None} | {key: value for key, value in config_dict.items() if key in known}
         parse: Any = super().from_dict
         return parse(rest, return_unused_kwargs, **kwargs)
 

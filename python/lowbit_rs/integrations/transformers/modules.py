@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,15 +10,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from lowbit_rs.files.metadata import QuantizedTensor
+from lowbit_rs.files.safetensors_format import torch_dtype
 from lowbit_rs.nn import QuantEmbedding, QuantExperts, QuantLinear, Report
 from lowbit_rs.nn.experts import matrices, stack_names
 from lowbit_rs.nn.model import PACKED_MODULES, choose, matches, replace_module, to_float
-from lowbit_rs.packed import DTYPES, PackedWeight, state_key, storage
+from lowbit_rs.packed import DTYPES, PackedWeight, state_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowbit_rs.files.recipe import Recipe
     from lowbit_rs.integrations.transformers.config import LowbitConfig
 
 
@@ -66,72 +66,42 @@ def _default_skips(model: PreTrainedModel) -> list[str]:
     return [name.removesuffix(".bias") for name in names]  # of the last layer, transformers gives a parameter
 
 
-def packed_modules(model: PreTrainedModel, patterns: Iterable[str]) -> list[str]:
-    """Names of the modules that are packed in a checkpoint, which lists them as ``summarize`` does.
+def weight_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The float weights of a module that can be packed: their shapes, rows as outputs, by the names of parameters."""
+    if isinstance(module, Conv1D):
+        return {"weight": module.weight.shape[::-1]}
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return {"weight": module.weight.shape}
+    return {key: matrices(module, module.get_parameter(key)).shape for key in stack_names(module)}
 
-    The checkpoint may be of the model with a head and the model be the one without, or the reverse.
+
+def place(
+    model: nn.Module, name: str, weights: Mapping[str, QuantizedTensor], compute_dtype: torch.dtype | None
+) -> nn.Module:
+    """Puts a packed module, empty and on the meta device, where ``model`` has the float one ``name``; returns it.
+
+    ``weights`` describes what each parameter of ``weight_shapes`` is packed as.
     """
-    patterns = tuple(patterns)
-    prefix = f"{model.base_model_prefix}."
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    return [
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, kinds) or stack_names(module))
-        and any(_listed(known, patterns) for known in (name, prefix + name, name.removeprefix(prefix)))
-    ]
-
-
-def summarize(model: nn.Module) -> list[str]:
-    """The packed modules of a model as patterns, in which a number of a name is ``*``.
-
-    Where a pattern would mean a module that is not packed, the names stand for themselves.
-    """
-    packed = {name for name, module in model.named_modules() if isinstance(module, PACKED_MODULES)}
-    others = [name for name, _ in model.named_modules() if name not in packed]
-    patterns: dict[str, list[str]] = {}
-    for name in sorted(packed):
-        patterns.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
-    summary = []
-    for pattern, names in patterns.items():
-        summary += names if any(_listed(name, [pattern]) for name in others) else [pattern]
-    return summary
-
-
-def _listed(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns is the name, numbers standing for ``*``."""
-    return any(
-        pattern == name or re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
-        for pattern in patterns
-    )
-
-
-def place(model: nn.Module, name: str, recipe: Recipe, compute_dtype: torch.dtype | None) -> nn.Module:
-    """Puts an empty packed module on the meta device where ``model`` has the float one ``name``, and returns it."""
     module = model.get_submodule(name)
-    stacks = stack_names(module)
+    packed = {key: _empty(weight, module.get_parameter(key).dtype) for key, weight in weights.items()}
     new: nn.Module
-    if stacks:
-        shapes = {key: matrices(module, module.get_parameter(key)).shape for key in stacks}
-        packed = {key: _empty(recipe, shape, module.get_parameter(key).dtype) for key, shape in shapes.items()}
-        new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype)
+    if isinstance(module, nn.Embedding):
+        new = QuantEmbedding.from_packed(packed["weight"], module.padding_idx)
+    elif isinstance(module, nn.Linear | Conv1D):
+        kind = QuantConv1D if isinstance(module, Conv1D) else QuantLinear
+        new = kind.from_packed(packed["weight"], module._parameters.get("bias"), compute_dtype=compute_dtype)
     else:
-        weight = module.get_parameter("weight")
-        shape = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
-        empty = _empty(recipe, shape, weight.dtype)
-        if isinstance(module, nn.Embedding):
-            new = QuantEmbedding.from_packed(empty, module.padding_idx)
-        else:
-            kind = QuantConv1D if isinstance(module, Conv1D) else QuantLinear
-            new = kind.from_packed(empty, module._parameters.get("bias"), compute_dtype=compute_dtype)
+        new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype)
     replace_module(model, module, new.train(module.training))
     return new
 
 
-def _empty(recipe: Recipe, shape: torch.Size, dtype: torch.dtype) -> PackedWeight:
-    sizes = storage(recipe.spec, shape, recipe.codebook_length)
-    tensors = {field: torch.empty(size, dtype=kind, device="meta") for field, (size, kind) in sizes.items()}
-    return PackedWeight.from_tensors(recipe.spec, shape, dtype, tensors)
+def _empty(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight:
+    tensors = {
+        field: torch.empty(part.shape, dtype=torch_dtype(part.dtype), device="meta")
+        for field, part in weight.parts().items()
+    }
+    return PackedWeight.from_tensors(weight.spec, weight.shape, dtype, tensors)
 
 
 def packed_weights(module: nn.Module) -> dict[str, PackedWeight]:

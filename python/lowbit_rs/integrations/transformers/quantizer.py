@@ -20,7 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lowbit_rs.errors import InvalidArgument, invalid, unsupported
+from lowbit_rs.files.metadata import QuantizedTensor, encode_metadata
 from lowbit_rs.integrations.transformers import card, modules
+from lowbit_rs.integrations.transformers.stored import stored_weights
 from lowbit_rs.nn import QuantExperts, Report, ReportRow
 from lowbit_rs.nn.model import PACKED_MODULES
 from lowbit_rs.packed import describe, state_key
@@ -47,7 +49,7 @@ class LowbitQuantizer(HfQuantizer):
     quantization_config: LowbitConfig
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
-        # A copy: what is noted in it about this model must not reach another one loaded with the same config.
+        # A copy: it stays the model's own, whatever the caller does with his.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report = Report()
         #: Of each parameter that is to be packed: bytes of its codes, and of its float values.
@@ -61,24 +63,36 @@ class LowbitQuantizer(HfQuantizer):
                 "they would stay float there. Save the packed model first (save_pretrained), and load that",
             )
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:  # noqa: ARG002
-        config = self.quantization_config
-        if self.pre_quantized and config.packed_modules is not None:
-            names = modules.packed_modules(model, config.packed_modules)
-        else:
-            names = modules.choose_modules(model, config, self.report)
-        for name in names:
-            recipe = config.recipe(name)
-            self.report.scheme = self.report.scheme or describe(recipe.spec)
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        stored = stored_weights(model, checkpoint_files) if self.pre_quantized else {}
+        plans = dict(stored) if stored else self._plans(model)
+        for name, weights in plans.items():
             source = model.get_submodule(name)
-            module = modules.place(model, name, recipe, config.compute_dtype_of(name))
+            module = modules.place(model, name, weights, self.quantization_config.compute_dtype_of(name))
             if self.pre_quantized:
                 module._is_hf_initialized = True  # type: ignore[assignment]  # it has nothing to be initialized
             else:
                 self._await_floats(name, source, module)
-        if not names:
+        if not plans:
             warnings.warn(_nothing_packed(model, self.report), stacklevel=2)
         self._warn_of_stacks()
+
+    def _plans(self, model: PreTrainedModel) -> dict[str, dict[str, QuantizedTensor]]:
+        """What the config asks for: by module and parameter, how it is packed."""
+        plans = {}
+        for name in modules.choose_modules(model, self.quantization_config, self.report):
+            recipe, module = self.quantization_config.recipe(name), model.get_submodule(name)
+            plans[name] = {
+                key: QuantizedTensor(key, recipe.spec, shape, module.get_parameter(key).dtype, recipe.codebook_length)
+                for key, shape in modules.weight_shapes(module).items()
+            }
+            self.report.scheme = self.report.scheme or describe(recipe.spec)
+        return plans
 
     def _await_floats(self, name: str, source: nn.Module, module: nn.Module) -> None:
         """Registers float weights on the meta device: transformers casts what it reads to the dtype that it finds."""
@@ -140,10 +154,9 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         for name, module in _packed(model):
             for key in modules.weight_names(module):
-                self._finish(model, name, module, key)
-            for key, field in _fields(module):
-                module.get_parameter(state_key(key, field)).requires_grad_(False)
-        self.quantization_config.packed_modules = modules.summarize(model)
+                if module.get_parameter(key).is_floating_point():
+                    self._pack_late(model, name, module, key)
+                _freeze(name, module, key)
         # Saving writes the parameters as they are; undoing conversions of float tensors would tear them apart.
         model._weight_conversions = []
         model.num_parameters = MethodType(_num_parameters, model)
@@ -153,29 +166,35 @@ class LowbitQuantizer(HfQuantizer):
         model.hqq_quantized = True
         return model
 
-    def _finish(self, model: nn.Module, name: str, module: nn.Module, key: str) -> None:
-        """Packs a weight that did not come through ``get_quantize_ops``; refuses one that did not come at all."""
+    def _pack_late(self, model: nn.Module, name: str, module: nn.Module, key: str) -> None:
+        """Packs a float weight that did not come through ``get_quantize_ops``: one that was not in the checkpoint."""
         weight = module.get_parameter(key)
-        loaded = weight.is_meta or getattr(weight, "_is_hf_initialized", False)  # offloaded, or set by the loader
-        if not weight.is_floating_point():
-            if not loaded:
-                raise invalid("checkpoint", f"no tensor for {name}.{key}", "one, as its config says that it is packed")
-            return
-        if not loaded and isinstance(module, QuantExperts):
-            nn.init.normal_(weight, std=getattr(model.config, "initializer_range", 0.02))
+        if isinstance(module, QuantExperts) and not getattr(weight, "_is_hf_initialized", False):
+            nn.init.normal_(weight, std=getattr(model.config, "initializer_range", 0.02))  # linear layers have been
         for path, parameter in self.pack(model, f"{name}.{key}", weight.detach()).items():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             module.register_parameter(path.rpartition(".")[2], parameter)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dtype = model.dtype if dtype is None else dtype
-        modules.unpack_modules(model, dtype)
-        if dtype != model.config.dtype:  # what was not packed has the dtype of the config, or is kept in float32
-            model.to(dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name in a config that has been saved
+        before = model.dtype
+        modules.unpack_modules(model, before if named is None else named)
+        if named not in (None, before):  # what was not packed has the dtype of the model, or is kept in float32
+            model.to(named)
         for name in (*_OVERRIDES, "hqq_quantized"):
             model.__dict__.pop(name, None)
         model.model_tags = [tag for tag in model.model_tags or [] if tag != "lowbit"]
         model.config._is_quantized = False
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """No state_dict but the model's own, and the metadata of its files: how each weight is stored."""
+        described = [
+            QuantizedTensor.of(f"{name}.{key}", packed)
+            for name, module in _packed(model)
+            for key, packed in modules.packed_weights(module).items()
+        ]
+        return None, encode_metadata(None, described)
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -196,8 +215,14 @@ def _packed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PACKED_MODULES))
 
 
-def _fields(module: nn.Module) -> list[tuple[str, str]]:
-    return [(key, field) for key, packed in modules.packed_weights(module).items() for field in packed.tensors()]
+def _freeze(name: str, module: nn.Module, key: str) -> None:
+    """Takes gradients off the parameters of a packed weight; refuses it where one of them was not loaded."""
+    for field in modules.packed_weights(module)[key].tensors():
+        path = state_key(key, field)
+        parameter = module.get_parameter(path)
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):  # on meta where offloaded
+            raise invalid("checkpoint", f"no tensor for {name}.{path}", "one, as the weight is packed")
+        parameter.requires_grad_(False)
 
 
 def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
