@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,8 +159,9 @@ class LowbitQuantizer(HfQuantizer):
                 _freeze(name, module, key)
         # Saving writes the parameters as they are; undoing conversions of float tensors would tear them apart.
         model._weight_conversions = []
-        model.num_parameters = MethodType(_num_parameters, model)
-        model._upload_modified_files = MethodType(card.upload_with_note, model)
+        # Partial functions and no methods: these can be copied and pickled with the model.
+        model.num_parameters = partial(_num_parameters, model)
+        model._upload_modified_files = partial(card.upload_with_note, model)
         model.add_model_tags("lowbit")
         # Read by PEFT's prepare_model_for_kbit_training alone, which turns on checkpointing only for flags it knows.
         model.hqq_quantized = True
