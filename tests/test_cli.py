@@ -72,6 +72,8 @@ def test_help_and_version() -> None:
             "quantize",
             "dequantize",
             "inspect",
+            "generate",
+            "serve",
             "demo",
         ]
     assert "--double-quant" in run("quantize", "--help").stdout

@@ -1,4 +1,4 @@
-"""The command ``lowbit``: quantize, inspect and dequantize files, and a demonstration.
+"""The command ``lowbit``: quantize, inspect and dequantize files, write text with models, and a demonstration.
 
 Exit codes: 0; 1 after an error, with one line on stderr; 2 where the command line cannot be understood; 130 after
 Ctrl-C and 143 after SIGTERM. In all cases an output is complete or absent.
@@ -231,6 +231,62 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(_as_dict(inspection), indent=2))
     else:
         _print_inspection(inspection)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--prompt", required=True, help="The question; a text to be continued with --raw.")
+@click.option("--raw", is_flag=True, help="Take the prompt as it is, even if the model has a template for chats.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Where to stop.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the likeliest token; above, tokens are drawn.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--dtype", type=click.Choice(("auto", *_DTYPES)), default="auto", show_default=True, help="Of activations."
+)
+def generate(model: str, prompt: str, raw: bool, **options: Any) -> None:
+    """Answer a prompt with a language model.
+
+    MODEL is a model directory or an id on the Hub, with its tokenizer. Text is printed as it is written. Needs the
+    extra: pip install 'lowbit-rs[transformers]'.
+    """
+    _require_transformers("generate")
+    from lowbit_rs.integrations.transformers.text import generate_text
+
+    generate_text(model, prompt, lambda text: click.echo(text, nl=False), chat=False if raw else None, **options)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--host", default="localhost", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at.")
+@click.option("--device", default="auto", show_default=True, help="Where the model runs.")
+@click.option(
+    "--dtype", type=click.Choice(("auto", *_DTYPES)), default="auto", show_default=True, help="Of activations."
+)
+def serve(model: str, **options: Any) -> None:
+    """Serve a language model over HTTP, as OpenAI's API.
+
+    MODEL is a model directory or an id on the Hub, with its tokenizer. The server is that of transformers. Needs the
+    extra: pip install 'lowbit-rs[serve]'.
+    """
+    _require_transformers("serve")
+    from lowbit_rs.integrations.transformers.text import serve_model
+
+    serve_model(model, **options)
+
+
+def _require_transformers(command: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        extra = "serve" if command == "serve" else "transformers"
+        raise click.ClickException(f'lowbit {command}: transformers not installed: pip install "lowbit-rs[{extra}]"')
 
 
 @main.command(
