@@ -194,6 +194,17 @@ def test_merged_and_unloaded_model_saves(directory: Path, tmp_path: Path) -> Non
     assert logits_of(load(tmp_path / "merged")).equal(logits_of(model))
 
 
+def test_dequantized_model_merges_without_rounding(directory: Path) -> None:
+    model = randomized(adapted(directory))
+    expected = logits_of(model)
+    model.base_model.model.dequantize()
+    model.merge_adapter()
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert not [module for module in merged.modules() if isinstance(module, QuantLinear | LoraQuantLinear)]
+
+
 def test_adapter_is_saved_by_itself(directory: Path, tmp_path: Path) -> None:
     model = randomized(adapted(directory, use_dora=True))
     model.save_pretrained(tmp_path / "adapter")

@@ -34,6 +34,9 @@ class LoraQuantLinear(LoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the packed weight. Arguments as in PEFT."""
+        if not isinstance(self.get_base_layer(), QuantLinear):  # the model has been dequantized
+            super().merge(safe_merge, adapter_names)
+            return
         base = _base_of(self)
         original = base.packed, None if base.bias is None else base.bias.detach().clone()
         merged_before = list(self.merged_adapters)
@@ -52,6 +55,9 @@ class LoraQuantLinear(LoraLinear):
 
     def unmerge(self) -> None:
         """Takes the merged adapters out again."""
+        if not isinstance(self.get_base_layer(), QuantLinear):
+            super().unmerge()
+            return
         with self._float_base():
             super().unmerge()
         if self._unmerged is not None:
