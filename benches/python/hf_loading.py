@@ -3,10 +3,11 @@
     python benches/python/hf_loading.py [--layers N]
 
 The model is a Llama of random bfloat16 weights with layers of the width of Llama 3.2 1B, in shards of 200 MB. Each case
-loads it in a process of its own, which reports what Linux counts (VmRSS and VmHWM of /proc/self/status, files that are
-mapped and not copied subtracted as RssFile): the memory before loading, after it, and the highest in between, sampled
-every millisecond. What loading needs at best is the final model and the largest tensor of the checkpoint beside it.
-bitsandbytes is measured the same way where it is installed.
+loads it in a process of its own, which reports the memory before loading, after it, and the highest in between, sampled
+every millisecond: VmRSS of /proc/self/status less RssFile, since pages of files that are mapped, as those of tensors
+that are taken as they are, can be dropped at any time. What loading needs at best is the final model and the largest
+tensor of the checkpoint beside it; embeddings and norms stay mapped here and count nothing. bitsandbytes is measured
+the same way where it is installed.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def anonymous():
     return 1024 * (int(fields["VmRSS"].split()[0]) - int(fields["RssFile"].split()[0]))
 
 config = eval(sys.argv[2])
+options = {} if config is None else {"quantization_config": config}  # None itself would mean not to be packed
 gc.collect()
 before, peak, done = anonymous(), 0, False
 
@@ -64,16 +66,19 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 start = time.perf_counter()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config, dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, **options)
 seconds = time.perf_counter() - start
 done = True
 thread.join()
+grown = anonymous() - before
 if sys.argv[3]:
     model.save_pretrained(sys.argv[3])
 print(json.dumps({
     "seconds": seconds,
     "footprint_bytes": model.get_memory_footprint(),
-    "grown_bytes": anonymous() - before,
+    "packed_bytes": sum(p.nbytes for p in model.parameters() if not p.is_floating_point())
+    + sum(p.nbytes for name, p in model.named_parameters() if "_scale" in name and p.is_floating_point()),
+    "grown_bytes": grown,
     "peak_bytes": peak - before,
 }))
 """
@@ -121,11 +126,12 @@ def main() -> None:
                 continue
             path = packed if name.endswith("packed") else source
             result = load(path, config, packed if "double" in name and "lowbit" in name else None)
-            over = result["peak_bytes"] - result["footprint_bytes"]
-            rows.append({"case": name, **result, "peak_over_footprint_bytes": over, "largest_tensor_bytes": largest})
+            over = result["peak_bytes"] - result["grown_bytes"]
+            rows.append({"case": name, **result, "peak_over_final_bytes": over, "largest_tensor_bytes": largest})
             print(
                 f"{name:40} {result['seconds']:6.1f} s  model {result['footprint_bytes'] / 1e6:7.1f} MB  "
-                f"peak {result['peak_bytes'] / 1e6:7.1f} MB, {over / 1e6:6.1f} over it "
+                f"packed {result['packed_bytes'] / 1e6:7.1f}  grown {result['grown_bytes'] / 1e6:7.1f}  "
+                f"peak {result['peak_bytes'] / 1e6:7.1f}, {over / 1e6:6.1f} over it "
                 f"(largest tensor {largest / 1e6:.1f})"
             )
     print(save("hf_loading", rows, layers=layers, shard_megabytes=200, threads=torch.get_num_threads()))
