@@ -15,7 +15,7 @@ from lowbit_rs.files.safetensors_format import torch_dtype
 from lowbit_rs.nn import QuantEmbedding, QuantExperts, QuantLinear, Report
 from lowbit_rs.nn.experts import matrices, stack_names
 from lowbit_rs.nn.model import PACKED_MODULES, choose, matches, replace_module, to_float
-from lowbit_rs.packed import DTYPES, PackedWeight, state_key
+from lowbit_rs.packed import DTYPES, PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,12 +123,6 @@ def rows_as_outputs(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, QuantConv1D):
         return weight.t()
     return matrices(module, weight) if isinstance(module, QuantExperts) else weight
-
-
-def set_packed(module: nn.Module, key: str, packed: PackedWeight) -> None:
-    """Makes ``packed`` the weight ``key`` of a packed module."""
-    for field, tensor in packed.tensors().items():
-        module.register_parameter(state_key(key, field), nn.Parameter(tensor, requires_grad=False))
 
 
 def unpack_modules(model: nn.Module, dtype: torch.dtype) -> None:
