@@ -25,7 +25,9 @@ PYTHON_LAYERS = (
     {"functional"},
     {"nn"},
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
-    {"files", "integrations"},
+    {"files"},
+    {"integrations"},
+    {"compat"},
     {"demo"},
     {"cli"},
     {"__main__"},
