@@ -1,0 +1,1 @@
+"""What connects lowbit_rs with other libraries; nothing here is loaded by ``import lowbit_rs``."""
