@@ -26,6 +26,19 @@ BECOMES = {
     "bitsandbytes-fp4": "fp4, block_size=64, scale=float32",
     "bitsandbytes-nf4-straddling": "nf4, block_size=64, scale=float32, block_order=flat",
     "bitsandbytes-int8": "int8, block_size=row, scale=float32",
+    "gptq-sym": "int4, block_size=32, scale=float16",
+    "gptq-asym": "uint4, block_size=32, scale=float32",
+    "gptq-v2": "uint4, block_size=32, scale=float32",
+    "gptq-desc-act": "uint4, block_size=32, scale=float32",
+    "gptq-row": "int4, block_size=row, scale=float16",
+    "gptq-8bit": "int8, block_size=32, scale=float16",
+    "awq-gemm": "uint4, block_size=32, scale=float32",
+    "awq-gemv": "uint4, block_size=64, scale=float32",
+    "compressed-tensors-w4a16": "int4, block_size=32, scale=bfloat16",
+    "compressed-tensors-w4a16-asym": "uint4, block_size=32, scale=float32",
+    "compressed-tensors-w4a16-channel": "int4, block_size=row, scale=float16",
+    "compressed-tensors-w8a16": "int8, block_size=64, scale=bfloat16",
+    "compressed-tensors-w8a16-channel": "int8, block_size=row, scale=float16",
 }
 
 
@@ -118,7 +131,7 @@ class TestRefusals:
 
     def test_unknown_method(self, tmp_path: Path) -> None:
         path = write_directory(tmp_path / "x", {"a.weight": torch.ones(2, 2)}, {"quant_method": "hqq"})
-        self.refused(path, Unsupported, "quant_method 'hqq': not supported: served are bitsandbytes")
+        self.refused(path, Unsupported, "quant_method 'hqq': not supported: served are bitsandbytes, gptq, awq, comp")
 
     def test_float_checkpoint(self, tmp_path: Path) -> None:
         path = write_directory(tmp_path / "x", {"a.weight": torch.ones(2, 2)}, None)

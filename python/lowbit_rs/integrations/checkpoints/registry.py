@@ -10,7 +10,7 @@ from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.files.checkpoint import Checkpoint
 from lowbit_rs.files.safetensors_format import brief
 
-from . import bitsandbytes
+from . import awq, bitsandbytes, compressed_tensors, gptq
 from .source import ForeignWeight, Quantization, TensorSource
 
 #: Gives the quantized weights of a checkpoint; refuses by name what it does not serve.
@@ -18,6 +18,9 @@ Read = Callable[[TensorSource, Quantization], Iterator[ForeignWeight]]
 
 LAYOUTS: Mapping[str, Read] = {
     "bitsandbytes": bitsandbytes.read,
+    "gptq": gptq.read,
+    "awq": awq.read,
+    "compressed-tensors": compressed_tensors.read,
 }
 
 #: Other names of these methods.
