@@ -380,6 +380,14 @@ class TestLayers:
         assert y.dtype == torch.float32
         assert torch.equal(y, layer(x.bfloat16().float()))
 
+    @pytest.mark.parametrize("cols", [128, 96])
+    @pytest.mark.parametrize("kind", ["LinearNF4", "LinearFP4"])
+    def test_linear_compiles_in_one_graph(self, kind: str, cols: int) -> None:
+        layer: nn.Module = getattr(bnb.nn, kind)(cols, 8).to("cpu")
+        x = torch.randn(2, cols)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), layer(x))
+
     @pytest.mark.parametrize(
         "kind", ["LinearNF4", "LinearFP4", "Linear8bitLt", "EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"]
     )

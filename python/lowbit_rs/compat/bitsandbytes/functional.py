@@ -22,10 +22,12 @@ from lowbit_rs.compat.bitsandbytes.state import (
     as_packed,
     check,
     of_packed,
+    operands,
     scales,
     table,
 )
 from lowbit_rs.errors import invalid, unsupported
+from lowbit_rs.functional import packed_linear
 from lowbit_rs.packed import dtype_name, make_spec
 
 _TRAINING = "it serves the training of 8-bit weights, and lowbit_rs keeps weights frozen"
@@ -280,24 +282,20 @@ def matmul_4bit(
     shape = quant_state.shape
     if shape is None or len(shape) != 2:
         raise invalid("quant_state.shape", None if shape is None else list(shape), "[N, K]")
-    packed = as_packed(B, quant_state, shape)
+    tensors, scheme = operands(B, quant_state, shape)
+    weight = list(tensors.values())
     if A.shape[-1] == shape[0] != shape[1]:
         warnings.warn(
             f"matmul_4bit: quant_state.shape is {list(shape)}, that of a weight [K, N]; quantize it as [N, K]",
             DeprecationWarning,
             stacklevel=2,
         )
-        result = _transposed(A, packed, bias)
+        # A @ W: what the gradient of a linear layer computes.
+        result: Tensor = torch.ops.lowbit_rs.linear_grad_input.default(A, weight, list(shape), *scheme)
+        result = result if bias is None else result + bias.to(result.dtype)
     else:
-        result = lowbit_rs.linear(A, packed, bias)
+        result = packed_linear(A, weight, shape, scheme, bias)
     return result if out is None else out.copy_(result)
-
-
-def _transposed(A: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """``A @ W + bias`` for W [K, N]: what the gradient of a linear layer computes."""
-    operator = torch.ops.lowbit_rs.linear_grad_input.default
-    result: Tensor = operator(A, packed.operands(), list(packed.shape), *packed.scheme)
-    return result if bias is None else result + bias.to(result.dtype)
 
 
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:

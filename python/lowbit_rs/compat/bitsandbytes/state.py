@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit_rs import PackedWeight, codebooks
 from lowbit_rs.errors import invalid
-from lowbit_rs.packed import DTYPES, dtype_name, make_spec, storage
+from lowbit_rs.packed import DTYPES, Scheme, dtype_name, make_spec
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUANT_TYPES = ("fp4", "nf4")
@@ -52,6 +52,14 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+        #: Whether nested scales can stay as they are: with the dynamic map, in blocks of 256.
+        self.is_native_nested = (
+            state2 is not None
+            and state2.blocksize == _NESTED_BLOCK
+            and state2.code is not None
+            and not state2.code.is_meta
+            and torch.equal(state2.code, table("dynamic", state2.code.device))
+        )
 
     def __getitem__(self, index: int) -> Any:
         """Entry of the list that old versions of bitsandbytes had in place of this class."""
@@ -185,40 +193,38 @@ def scales(state: QuantState) -> Tensor:
     return (state.state2.code[codes] * scale_2 + state.offset).float()
 
 
-def as_packed(data: Tensor, state: QuantState, shape: Sequence[int] | None = None) -> PackedWeight:
-    """Codes of any shape and storage dtype, with their state, as a packed matrix; memory is shared.
+def operands(data: Tensor, state: QuantState, shape: Sequence[int]) -> tuple[dict[str, Tensor], Scheme]:
+    """Codes of any shape and storage dtype, with their state, as the tensors and the scheme of a weight [N, K].
 
-    ``shape`` is [N, K], by default all of the tensor as one row.
+    Memory is shared. Raises InvalidArgument where codes and scales are not as many as the shape asks for.
     """
     check(state)
-    assert state.shape is not None
     assert state.blocksize is not None
-    count = math.prod(state.shape)
-    shape = (1, count) if shape is None else tuple(shape)
-    order = "row" if shape[0] == 1 or shape[1] % state.blocksize == 0 else "flat"
-    double_quant = _is_ours(state)
-    spec = make_spec((str(state.quant_type), state.blocksize, order, double_quant))
-    sizes = storage(spec, shape)
+    (rows, cols), count = shape, math.prod(shape)
+    aligned = rows == 1 or cols % state.blocksize == 0
+    double_quant = state.is_native_nested
     tensors = {"data": data.detach().reshape(-1).view(torch.uint8)[: (count + 1) // 2]}
     if double_quant:
         assert state.state2 is not None
         assert state.offset is not None
-        tensors |= {"scale": state.absmax, "scale_2": state.state2.absmax, "scale_offset": state.offset}
+        tensors["scale"] = state.absmax
+        tensors |= {"scale_2": state.state2.absmax.reshape(-1), "scale_offset": state.offset.reshape(1)}
     else:
         tensors["scale"] = scales(state)
-    for name, tensor in tensors.items():
-        if tensor.numel() != sizes[name][0].numel():
-            expected = f"{sizes[name][0].numel()} for shape {list(state.shape)} in blocks of {state.blocksize}"
-            raise invalid({"data": "A", "scale": "absmax"}.get(name, name), f"{tensor.numel()} elements", expected)
-    parts = {name: tensor.reshape(sizes[name][0]) for name, tensor in tensors.items()}
-    return PackedWeight.from_tensors(spec, shape, state.dtype or torch.float32, parts)
+    for name, wanted in (("data", (count + 1) // 2), ("scale", -(-count // state.blocksize))):
+        if tensors[name].numel() != wanted:
+            expected = f"{wanted} for shape {list(state.shape or shape)} in blocks of {state.blocksize}"
+            raise invalid({"data": "A", "scale": "absmax"}[name], f"{tensors[name].numel()} elements", expected)
+        tensors[name] = tensors[name].reshape((rows, -1) if aligned else (-1,))
+    return tensors, (str(state.quant_type), state.blocksize, "row" if aligned else "flat", double_quant)
 
 
-def _is_ours(state: QuantState) -> bool:
-    """Whether nested scales can stay as they are: with the dynamic map, in blocks of 256, and their offset."""
-    if state.state2 is None or state.state2.blocksize != _NESTED_BLOCK or state.state2.code is None:
-        return False
-    return torch.equal(state.state2.code, table("dynamic", state.state2.code.device))
+def as_packed(data: Tensor, state: QuantState, shape: Sequence[int] | None = None) -> PackedWeight:
+    """``operands`` as a PackedWeight [N, K]; by default all of the tensor is one row."""
+    assert state.shape is not None
+    shape = (1, math.prod(state.shape)) if shape is None else tuple(shape)
+    tensors, scheme = operands(data, state, shape)
+    return PackedWeight.from_tensors(make_spec(scheme), shape, state.dtype or torch.float32, tensors)
 
 
 def of_packed(packed: PackedWeight, shape: Sequence[int]) -> QuantState:
