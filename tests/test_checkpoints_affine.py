@@ -5,19 +5,17 @@ tests/test_checkpoints.py has files of the libraries themselves; here are the si
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foreign import EXPECTED, case, write_case, write_directory
+from foreign import EXPECTED, Layer, awq_gemm, case, compressed_tensors, gptq, layer, words, write_case, write_directory
 from lowbit_rs import InvalidArgument, PackedWeight, Unsupported
 from lowbit_rs.files import load_packed
 from lowbit_rs.files.checkpoint import open_checkpoint
@@ -25,66 +23,6 @@ from lowbit_rs.integrations.checkpoints import convert_file, foreign_weights
 from lowbit_rs.integrations.checkpoints.source import TensorSource
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
-
-
-def words(integers: np.ndarray[Any, Any], bits: int, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Integers as int32 words of 32 / bits neighbours along an axis; place i of a word has its number order[i]."""
-    moved = np.moveaxis(integers, axis, -1)
-    each = 32 // bits
-    rows = moved.reshape(-1, moved.shape[-1])
-    out = np.zeros((rows.shape[0], -(-rows.shape[1] // each)), np.uint32)
-    for row in range(rows.shape[0]):
-        for place in range(rows.shape[1]):
-            word, within = divmod(place, each)
-            at = within if order is None else order.index(within)
-            out[row, word] |= np.uint32(int(rows[row, place]) << (bits * at))
-    out = out.reshape(*moved.shape[:-1], -1)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(out, -1, axis)).view(np.int32))
-
-
-@dataclasses.dataclass
-class Layer:
-    """Integers [N, K], scales and zero points [N, groups], the group of each column."""
-
-    q: np.ndarray[Any, Any]
-    scale: Tensor
-    zero: np.ndarray[Any, Any]
-    g_idx: np.ndarray[Any, Any]
-
-    def decoded(self) -> Tensor:
-        """The definition, in the dtype of the scales: an exact product, rounded once."""
-        difference = torch.from_numpy(self.q - self.zero[:, self.g_idx]).double()
-        return (self.scale.double()[:, self.g_idx] * difference).to(self.scale.dtype)
-
-
-def layer(
-    rows: int,
-    cols: int,
-    group_size: int,
-    *,
-    bits: int = 4,
-    symmetric: bool = False,
-    desc_act: bool = False,
-    seed: int = 0,
-) -> Layer:
-    generator = np.random.default_rng(seed)
-    groups = -(-cols // group_size)
-    q = generator.integers(0, 2**bits, (rows, cols))
-    zero = generator.integers(1, 2**bits, (rows, groups))
-    if symmetric:
-        zero[:] = 2 ** (bits - 1)
-    scale = torch.from_numpy(generator.uniform(1e-5, 60, (rows, groups))).half()
-    g_idx = np.arange(cols) // group_size
-    return Layer(q, scale, zero, generator.permutation(g_idx) if desc_act else g_idx)
-
-
-def gptq(x: Layer, bits: int = 4) -> dict[str, Tensor]:
-    return {
-        "layer.qweight": words(x.q, bits, 1).T.contiguous(),
-        "layer.qzeros": words(x.zero.T - 1, bits, 1),
-        "layer.scales": x.scale.T.contiguous(),
-        "layer.g_idx": torch.from_numpy(x.g_idx).to(torch.int32),
-    }
 
 
 def read(path: Path) -> PackedWeight:
@@ -158,12 +96,7 @@ def test_old_checkpoints_have_their_options_beside_the_config(tmp_path: Path) ->
 @pytest.mark.parametrize("group_size", [16, 48, 128])
 def test_awq_gemm_of_any_group(group_size: int, tmp_path: Path) -> None:
     x = layer(16, 384, group_size)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    tensors = {
-        "layer.qweight": words(x.q.T, 4, 1, order),
-        "layer.qzeros": words(x.zero.T, 4, 1, order),
-        "layer.scales": x.scale.T.contiguous(),
-    }
+    tensors = awq_gemm(x)
     config = {"quant_method": "awq", "w_bit": 4, "q_group_size": group_size, "version": "GEMM"}
     assert torch.equal(read(write_directory(tmp_path / "x", tensors, config)).dequantize(), x.decoded())
 
@@ -171,13 +104,8 @@ def test_awq_gemm_of_any_group(group_size: int, tmp_path: Path) -> None:
 def test_compressed_tensors_with_sorted_columns(tmp_path: Path) -> None:
     """actorder "group", as llm-compressor wrote it until compressed-tensors dropped it."""
     x = layer(16, 96, 32, symmetric=True, desc_act=True)
-    tensors, config = case("compressed-tensors-w4a16")
-    tensors = {
-        "layer.weight_packed": words(x.q, 4, 1),
-        "layer.weight_scale": x.scale,
-        "layer.weight_shape": torch.tensor([16, 96]),
-        "layer.weight_g_idx": torch.from_numpy(x.g_idx).to(torch.int32),
-    }
+    _, config = case("compressed-tensors-w4a16")
+    tensors = compressed_tensors(x) | {"layer.weight_g_idx": torch.from_numpy(x.g_idx).to(torch.int32)}
     weight = read(write_directory(tmp_path / "x", tensors, config))
     assert weight.permutation is not None
     assert torch.equal(weight.dequantize(), x.decoded())
@@ -188,11 +116,7 @@ def test_compressed_tensors_with_one_scale(tmp_path: Path) -> None:
     x.scale[:] = x.scale[0]
     _, config = case("compressed-tensors-w4a16")
     config["config_groups"]["group_0"]["weights"] |= {"strategy": "tensor", "group_size": None}
-    tensors = {
-        "layer.weight_packed": words(x.q, 4, 1),
-        "layer.weight_scale": x.scale[0],
-        "layer.weight_shape": torch.tensor([16, 96]),
-    }
+    tensors = compressed_tensors(x) | {"layer.weight_scale": x.scale[0]}
     assert torch.equal(read(write_directory(tmp_path / "x", tensors, config)).dequantize(), x.decoded())
 
 

@@ -9,6 +9,9 @@ torch.Size([3, 10])
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from lowbit_rs import codebooks, nn
 from lowbit_rs._native import __version__
 from lowbit_rs.errors import CudaError, InvalidArgument, LowbitError, Unsupported
@@ -33,3 +36,16 @@ __all__ = [
     "quantize",
     "quantize_model",
 ]
+
+#: Public names of modules that need more than this package does: imported when asked for, and not by `import *`.
+_LATER = {"from_pretrained": "lowbit_rs.integrations.pretrained"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
