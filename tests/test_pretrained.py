@@ -123,6 +123,50 @@ def test_logits_and_tokens(layout: str, tmp_path: Path) -> None:
     assert_same(model, reference)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_what_transformers_and_bitsandbytes_wrote(kind: str, tmp_path: Path) -> None:
+    """Read, rewritten as native files and back, and read by transformers again: the same weights all the way."""
+    library = pytest.importorskip("bitsandbytes", reason="the installed bitsandbytes writes and reads the checkpoint")
+    pytest.importorskip("accelerate", reason="transformers loads models of bitsandbytes with it")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "float")
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if kind != "int8":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = transformers.BitsAndBytesConfig(**options)
+    written = load(tmp_path / "float", quantization_config=config, device_map="cpu")
+    written.save_pretrained(tmp_path / "theirs")
+    convert_file(tmp_path / "theirs", tmp_path / "native")
+    convert_file(tmp_path / "native", tmp_path / "back", to="bitsandbytes")
+    read, native = (lowbit_rs.from_pretrained(tmp_path / name) for name in ("theirs", "native"))
+    back = load(tmp_path / "back", device_map="cpu")
+    layers = [name for name, module in written.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    assert len(layers) == 14
+    for name in layers:
+        mine = read.get_submodule(name)
+        assert mine.packed == native.get_submodule(name).packed
+        for other in (written.get_submodule(name), back.get_submodule(name)):
+            if kind == "int8":
+                decoded = library.functional.int8_vectorwise_dequant(other.weight.data, other.weight.SCB)
+                torch.testing.assert_close(mine.dequantize(torch.float32), decoded, rtol=2.0**-22, atol=0)
+            else:
+                decoded = library.functional.dequantize_4bit(other.weight.data, other.weight.quant_state)
+                assert torch.equal(mine.dequantize(), decoded)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_weight_is_decoded_on_the_way(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = checkpoint(tmp_path / "x", layout)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a float weight")
+
+    monkeypatch.setattr(lowbit_rs.PackedWeight, "dequantize", refuse)
+    monkeypatch.setattr("lowbit_rs.functional.quantize", refuse)
+    lowbit_rs.from_pretrained(path)
+    convert_file(path, tmp_path / "native")
+
+
 @pytest.mark.parametrize("layout", ["nf4", "gptq-desc-act"])
 def test_native_files_load_as_well(layout: str, tmp_path: Path) -> None:
     path, reference = checkpoint(tmp_path / "x", layout)
