@@ -232,7 +232,9 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/architecture.md", "docs/checkpoints.md", "docs/from-bitsandbytes.md"]
+)
 def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
