@@ -86,15 +86,23 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Packer]] = {
 }
 
 
-def checkpoint(path: Path, layout: str, **changes: Any) -> tuple[Path, Any]:
+#: Layers that transformers leaves alone when it quantizes: heads, and T5's ``wo``, to whose dtype T5 casts its input.
+KEPT = ("lm_head", "classifier", "wo")
+
+
+def llama(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | changes))
+
+
+def checkpoint(path: Path, layout: str, model: Any = None, **changes: Any) -> tuple[Path, Any]:
     """A model directory in a layout, and the model with its decoded weights."""
     quantization, pack = LAYOUTS[layout]
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG | changes)).eval()
+    model = (llama(**changes) if model is None else model).eval()
     model.save_pretrained(path)
     tensors = load_file(path / "model.safetensors")
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in KEPT:
             packed, decoded = pack(module)
             del tensors[f"{name}.weight"]
             tensors |= {key.replace("layer", name, 1): tensor for key, tensor in packed.items()}
@@ -128,7 +136,7 @@ def test_what_transformers_and_bitsandbytes_wrote(kind: str, tmp_path: Path) -> 
     """Read, rewritten as native files and back, and read by transformers again: the same weights all the way."""
     library = pytest.importorskip("bitsandbytes", reason="the installed bitsandbytes writes and reads the checkpoint")
     pytest.importorskip("accelerate", reason="transformers loads models of bitsandbytes with it")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "float")
+    llama().save_pretrained(tmp_path / "float")
     options: dict[str, Any] = {"load_in_8bit": True}
     if kind != "int8":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
@@ -175,14 +183,56 @@ def test_native_files_load_as_well(layout: str, tmp_path: Path) -> None:
 
 
 def test_what_quantize_file_wrote(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    model = llama().eval()
     model.save_pretrained(tmp_path / "x")
     quantize_file(tmp_path / "x", tmp_path / "native", "nf4", embeddings=True)
     loaded = lowbit_rs.from_pretrained(tmp_path / "native")
     assert isinstance(loaded.model.embed_tokens, lowbit_rs.QuantEmbedding)
     lowbit_rs.quantize_model(model, "nf4", embeddings=True, progress=False)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def other_models() -> dict[str, Any]:
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+    opt = {
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 64,
+    }
+    t5 = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    bert = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return {
+        "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=96, **opt, **ids)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=96, **t5, **ids)),
+        "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=96, **bert)),
+        "bloom": lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4, **ids)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["opt", "t5", "bert", "bloom"])
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, reference = checkpoint(tmp_path / "x", "nf4", other_models()[name]())
+    model = lowbit_rs.from_pretrained(path)
+    assert any(isinstance(module, QuantLinear) for module in model.modules())
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if name == "t5" else {})
+    torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_transposed_layers_are_refused_by_name(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "x")
+    tensors = load_file(tmp_path / "x" / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    lowbit_rs.files.save_packed(
+        tensors | {name: lowbit_rs.quantize(tensors[name])}, tmp_path / "x" / "model.safetensors", force=True
+    )
+    with pytest.raises(Unsupported, match=r"a packed weight in Conv1D at 'transformer\.h\.0\.mlp\.c_fc'"):
+        lowbit_rs.from_pretrained(tmp_path / "x")
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
@@ -261,7 +311,7 @@ class TestRefusals:
                 lowbit_rs.from_pretrained(path)
 
     def test_float_models(self, tmp_path: Path) -> None:
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "x")
+        llama().save_pretrained(tmp_path / "x")
         with pytest.raises(InvalidArgument, match="which is not quantized, expected a quantized checkpoint"):
             lowbit_rs.from_pretrained(tmp_path / "x")
 

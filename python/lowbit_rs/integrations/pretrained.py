@@ -152,7 +152,7 @@ def _fitting(
     """The weights in the dtype of the model, without those that models of today have not."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names |= {name for name, _ in model.named_buffers()}
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     fitting = {}
     for name, weight in weights.items():
         if isinstance(weight, Tensor):
@@ -160,7 +160,7 @@ def _fitting(
             if name not in names and (ignored or _is_zero_bias(name, weight, weights)):
                 continue
             if dtype is not None and weight.is_floating_point():
-                weight = weight.to(torch.float32 if _keeps_float32(model, name) else dtype)
+                weight = weight.to(_dtype_of(model, name, dtype))
         fitting[name] = weight
     return fitting
 
@@ -171,9 +171,12 @@ def _is_zero_bias(name: str, tensor: Tensor, weights: Mapping[str, PackedWeight 
     return name.endswith(".bias") and isinstance(beside, PackedWeight) and not bool(tensor.any())
 
 
-def _keeps_float32(model: Any, name: str) -> bool:
-    kept = {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    return not kept.isdisjoint(name.split("."))
+def _dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter in a model of ``dtype``: some stay float32, others in float16 models alone."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return dtype if kept.isdisjoint(name.split(".")) else torch.float32
 
 
 def _config_dtype(config: Any) -> torch.dtype | None:

@@ -94,11 +94,16 @@ def integers(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
 
 
-def pack_ordered(codes: Tensor, bits: int, cols: int) -> Tensor:
-    """uint8 [N, B] whose bytes have the integers of a row in order, the lower bits first, as the codes of ``cols``."""
+def pack_rows(codes: Tensor, bits: int, cols: int, permutation: Tensor | None = None) -> Tensor:
+    """uint8 [N, B] whose bytes have the integers of a row, the lower bits first, as packed codes of ``cols`` columns.
+
+    With ``permutation``, column j of the codes is column ``permutation[j]`` of the bytes.
+    """
+    if permutation is not None:
+        return pack_integers(integers(codes, bits).index_select(1, permutation), bits)
     if bits == 8:
-        return (codes[:, :cols] ^ 0x80).view(torch.int8).contiguous()
-    swapped = (codes >> 4) | (codes << 4)
+        return pack_integers(codes[:, :cols], bits)
+    swapped = (codes >> 4) | (codes << 4)  # our high nibble comes first
     packed = swapped[:, : -(-cols // 2)].contiguous()
     if cols % 2:  # as ours: the code of zero
         packed[:, -1] = packed[:, -1] & 0xF0 | 8
@@ -106,7 +111,7 @@ def pack_ordered(codes: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def pack_integers(values: Tensor, bits: int) -> Tensor:
-    """Integers, uint8 [N, K] with K even in 4 bits, as codes."""
+    """Integers, uint8 [N, K] with K even in 4 bits, as packed codes."""
     if bits == 8:
         return (values ^ 0x80).view(torch.int8).contiguous()
     return values[:, ::2] << 4 | values[:, 1::2]

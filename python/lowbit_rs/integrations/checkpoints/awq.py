@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.files.safetensors_format import brief
 
-from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_integers, pack_ordered, spec_of, tensors_of
+from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_integers, pack_rows, spec_of, tensors_of
 from .source import ForeignWeight, Quantization, TensorSource, foreign_weight
 
 #: Where in a word of GEMM its outputs 0 to 7 lie.
@@ -78,7 +78,7 @@ def _read_gemv(source: TensorSource, module: str, group_size: int) -> ForeignWei
         (rows, cols),
         group_size,
         zeros,
-        lambda: pack_ordered(little_endian_bytes(source.read(f"{module}.qweight")).flatten(1), _BITS, cols),
+        lambda: pack_rows(little_endian_bytes(source.read(f"{module}.qweight")).flatten(1), _BITS, cols),
         lambda: source.read(f"{module}.scales")[:, :groups],
     )
 

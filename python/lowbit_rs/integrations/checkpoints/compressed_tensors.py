@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.files.safetensors_format import brief
 
-from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_integers, pack_ordered, spec_of, tensors_of
+from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_rows, spec_of, tensors_of
 from .source import ForeignWeight, Quantization, TensorSource, foreign_weight
 
 _FORMAT = "pack-quantized"
@@ -111,10 +111,7 @@ def _read_layer(source: TensorSource, module: str, arguments: Mapping[str, Any])
 
     def load() -> dict[str, Tensor]:
         codes = little_endian_bytes(source.read(names["packed"])).flatten(1)
-        if permutation is None:
-            data = pack_ordered(codes, bits, cols)
-        else:
-            data = pack_integers(integers(codes, bits).index_select(1, permutation), bits)
+        data = pack_rows(codes, bits, cols, permutation)
         tensors = tensors_of(spec, data, _scale(source, names["scale"], rows), zeros, group_size, cols)
         return tensors if permutation is None else tensors | {"permutation": permutation}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.files.safetensors_format import brief
 
-from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_integers, pack_ordered, spec_of, tensors_of
+from .affine import SCALE_DTYPES, integers, little_endian_bytes, pack_rows, spec_of, tensors_of
 from .source import ForeignWeight, Quantization, TensorSource, foreign_weight
 
 #: A one in each place of a word.
@@ -68,10 +68,7 @@ def _read_layer(source: TensorSource, quantization: Quantization, module: str, *
 
     def load() -> dict[str, Tensor]:
         codes = little_endian_bytes(source.read(weight_name)).transpose(0, 1).reshape(rows, -1)
-        if permutation is None:
-            data = pack_ordered(codes, bits, cols)
-        else:
-            data = pack_integers(integers(codes, bits).index_select(1, permutation), bits)
+        data = pack_rows(codes, bits, cols, permutation)
         tensors = tensors_of(spec, data, source.read(scales_name).T, zeros, grouping.group_size, cols)
         return tensors if permutation is None else tensors | {"permutation": permutation}
 
