@@ -107,7 +107,7 @@ def test_layer_packs_a_float_weight_in_its_own_order(packed: PackedWeight, permu
     layer = QuantLinear.from_packed(packed)
     weight = torch.randn(12, 75)
     layer.load_state_dict({"weight": weight})
-    assert layer.packed == permuted(weight, permutation)
+    assert layer.packed == permuted(weight, permutation) == layer.pack_like(weight)
     layer.reset_parameters()
     assert not layer.dequantize().any()
     assert torch.equal(layer.weight_permutation, permutation)  # type: ignore[arg-type]

@@ -160,6 +160,11 @@ class PackedModule(nn.Module):
         if list(weight.shape) != self._shape or beside:
             got = f"a {weight.dtype} weight {list(weight.shape)}" + (f" beside {beside[0]}" if beside else "")
             raise LowbitError(f"got {got}, expected a float weight {self._shape} alone, or a packed one")
+        packed = self.pack_like(weight)
+        return {prefix + state_key("weight", field): tensor for field, tensor in packed.tensors().items()}
+
+    def pack_like(self, weight: Tensor) -> PackedWeight:
+        """A float matrix of this module's shape, packed as its weight is: the same format, and columns in its order."""
         format, block_size, block_order, double_quant = self._scheme
         permutation = self.weight_permutation
         packed = quantize(
@@ -172,8 +177,10 @@ class PackedModule(nn.Module):
             block_order=block_order,
             signed_absmax=self._spec.signed_absmax,
         )
-        tensors = packed.tensors() | ({} if permutation is None else {"permutation": permutation.detach()})
-        return {prefix + state_key("weight", field): tensor for field, tensor in tensors.items()}
+        if permutation is None:
+            return packed
+        tensors = packed.tensors() | {"permutation": permutation.detach()}
+        return PackedWeight.from_tensors(packed.spec, packed.shape, packed.dtype, tensors)
 
     def _misfit(self, state_dict: Mapping[str, Any], prefix: str, scheme: list[Any] | None) -> str | None:
         """Why the packed weight of a state_dict cannot be that of this module, where torch would not notice."""
