@@ -127,6 +127,10 @@ def test_compressed_tensors_groups_by_target(tmp_path: Path) -> None:
     config["config_groups"]["group_1"] = by_name
     tensors = four | {key.replace("layer", "mlp.down_proj"): value for key, value in eight.items()}
     convert_file(write_directory(tmp_path / "x", tensors, config), tmp_path / "native")
+    for targets, message in ((["re:["], "a regular expression"), (["Linear"], "2 groups for 'layer'")):
+        by_name["targets"] = targets
+        with pytest.raises(InvalidArgument, match=message):
+            convert_file(write_directory(tmp_path / message, tensors, config), tmp_path / "out")
     loaded = load_packed(tmp_path / "native")
     for name, expected in (("layer", "compressed-tensors-w4a16"), ("mlp.down_proj", "compressed-tensors-w8a16")):
         weight = loaded[f"{name}.weight"]

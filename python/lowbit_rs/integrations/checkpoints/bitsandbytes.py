@@ -62,11 +62,13 @@ def read(source: TensorSource, quantization: Quantization) -> Iterator[ForeignWe
 
 def _read_4bit(source: TensorSource, name: str, quant_type: str) -> ForeignWeight:
     state_name = f"{name}.quant_state.bitsandbytes__{quant_type}"
+    source.expect(state_name, (torch.uint8,), None)
     state = _parse_state(state_name, source.read(state_name))
     shape, dtype, block_size = tuple(state["shape"]), DTYPES[state["dtype"]], state["blocksize"]
     nested = f"{name}.nested_absmax" in source.infos
     if nested and not state.keys() >= {"nested_blocksize", "nested_offset"}:
         raise invalid(brief(state_name), brief(state), "nested_blocksize and nested_offset in it")
+    source.expect(f"{name}.quant_map", (torch.float32,), 16)
     table = source.read(f"{name}.quant_map")
     known = torch.from_numpy(_CODEBOOKS[quant_type]())
     format = quant_type if torch.equal(table, known) else "custom"
@@ -91,7 +93,7 @@ def _read_4bit(source: TensorSource, name: str, quant_type: str) -> ForeignWeigh
 
     suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     parts = [f"{name}.{suffix}" for suffix in suffixes if f"{name}.{suffix}" in source.infos]
-    _check_scales(source, name, sizes["scale"][0].numel(), nested=nested)
+    _check_scales(source, name, sizes["scale"][0].numel(), state["nested_blocksize"] if nested else None)
     return foreign_weight(name, spec, shape, dtype, (name, *parts, state_name), load, codebook_length=length)
 
 
@@ -114,8 +116,9 @@ def _parse_state(name: str, data: Tensor) -> dict[str, Any]:
             f"{where}: blocksize", brief(state.get("blocksize")), f"one of {', '.join(map(str, BLOCK_SIZES))}"
         )
     offset = state.get("nested_offset", 0.0)
-    if not isinstance(offset, int | float) or not isinstance(state.get("nested_blocksize", 1), int):
-        raise invalid(f"{where}: nested_offset, nested_blocksize", brief(state), "a number and an integer")
+    nested_size = state.get("nested_blocksize", 1)
+    if not isinstance(offset, int | float) or not isinstance(nested_size, int) or nested_size < 1:
+        raise invalid(f"{where}: nested_offset, nested_blocksize", brief(state), "a number and a positive integer")
     return state
 
 
@@ -124,15 +127,14 @@ def _check_bytes(info: TensorInfo, code_bytes: int) -> None:
         raise invalid(brief(info.name), f"{info.nbytes} bytes", f"the {code_bytes} that its quant_state tells of")
 
 
-def _check_scales(source: TensorSource, name: str, blocks: int, *, nested: bool) -> None:
-    source.expect(f"{name}.quant_map", (torch.float32,), 16)
+def _check_scales(source: TensorSource, name: str, blocks: int, nested_size: int | None) -> None:
+    nested = nested_size is not None
     info = source.info(f"{name}.absmax")
     expected = safetensors_dtype(torch.uint8 if nested else torch.float32)
     if info.dtype != expected or math.prod(info.shape) != blocks:
         raise invalid(brief(info.name), f"{info.dtype} {list(info.shape)}", f"{expected} [{blocks}]")
-    if nested:
-        source.expect(f"{name}.nested_quant_map", (torch.float32,), 256)
-        source.expect(f"{name}.nested_absmax", (torch.float32,), None)
+    if nested_size is not None:
+        source.expect(f"{name}.nested_absmax", (torch.float32,), -(-blocks // nested_size))
 
 
 def _is_ours(source: TensorSource, name: str, state: Mapping[str, Any]) -> bool:
@@ -140,6 +142,7 @@ def _is_ours(source: TensorSource, name: str, state: Mapping[str, Any]) -> bool:
 
     If not, they are restored to float32, which decodes to the same weights.
     """
+    source.expect(f"{name}.nested_quant_map", (torch.float32,), 256)
     table = source.read(f"{name}.nested_quant_map")
     same_map = torch.equal(table, torch.from_numpy(codebooks.dynamic_map()))
     return same_map and state.get("nested_blocksize") == _NESTED_BLOCK
@@ -159,7 +162,8 @@ def _read_8bit(source: TensorSource, module: str) -> ForeignWeight:
     parts: tuple[str, ...] = (name, scale_name)
     if format_name in source.infos:
         parts = (*parts, format_name)
-        order = int(source.read(format_name).reshape(-1)[0])
+        source.expect(format_name, (torch.uint8,))
+        order = int(source.read(format_name))
         if order != 0:
             kind = _WEIGHT_FORMATS.get(order, "unknown")
             reason = "load it with the bitsandbytes that wrote it and save it anew, which makes it row-major (0)"

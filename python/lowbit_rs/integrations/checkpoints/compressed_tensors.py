@@ -32,13 +32,22 @@ _STRATEGIES = ("group", "channel", "tensor")
 def read(source: TensorSource, quantization: Quantization) -> Iterator[ForeignWeight]:
     """The quantized weights of a checkpoint of compressed-tensors."""
     _refuse_extras(quantization)
-    groups = quantization.get("config_groups", default={})
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise invalid("quantization_config: config_groups", brief(groups), "an object of objects")
+    groups = _object("config_groups", quantization.get("config_groups"))
+    for name, group in groups.items():
+        targets = _object(name, group).get("targets")
+        if not isinstance(targets, list):
+            raise invalid(f"quantization_config: targets of {brief(name)}", brief(targets), "a list of names")
     for name in source.infos:
         if name.endswith(".weight_packed"):
             module = name.removesuffix(".weight_packed")
             yield _read_layer(source, module, _arguments(module, groups, quantization))
+
+
+def _object(name: str, value: object) -> Mapping[str, Any]:
+    """An object of the config, empty where it is null."""
+    if value is not None and not isinstance(value, dict):
+        raise invalid(f"quantization_config: {name}", brief(value), "an object")
+    return value or {}
 
 
 def _refuse_extras(quantization: Quantization) -> None:
@@ -46,9 +55,9 @@ def _refuse_extras(quantization: Quantization) -> None:
     for key in ("kv_cache_scheme", "transform_config"):
         if quantization.get(key):
             raise unsupported(f"compressed-tensors with {key}", "weights alone are quantized here")
-    sparsity = quantization.get("sparsity_config", default={})
-    if sparsity and sparsity.get("format", "dense") != "dense":
-        raise unsupported(f"compressed-tensors with sparsity {brief(sparsity['format'])}", "served are dense weights")
+    sparsity = _object("sparsity_config", quantization.get("sparsity_config")).get("format", "dense")
+    if sparsity != "dense":
+        raise unsupported(f"compressed-tensors with sparsity {brief(sparsity)}", "served are dense weights")
     status = quantization.get("quantization_status", default="compressed")
     if status != "compressed":
         raise unsupported(f"quantization_status {brief(status)}", "served are compressed checkpoints")
@@ -58,7 +67,7 @@ def _arguments(module: str, groups: Mapping[str, Mapping[str, Any]], quantizatio
     """The arguments with which the weight of a module was quantized, checked."""
     group = _group_of(module, groups)
     format = group.get("format") or quantization.get("format")
-    arguments = group.get("weights") or {}
+    arguments = _object("weights", group.get("weights"))
     if format != _FORMAT:
         raise unsupported(f"compressed-tensors format {brief(format)}", f"served is {_FORMAT}")
     for key in ("input_activations", "output_activations"):
@@ -81,15 +90,21 @@ def _group_of(module: str, groups: Mapping[str, Mapping[str, Any]]) -> Mapping[s
     """The group whose targets name the module: by its name or a pattern ``re:...``, before those by class."""
     if len(groups) == 1:
         return next(iter(groups.values()))
-    by_class = [group for group in groups.values() if "Linear" in group.get("targets", ())]
+    by_class = [group for group in groups.values() if "Linear" in group["targets"]]
     for group in groups.values():
-        for target in map(str, group.get("targets", ())):
-            pattern = target.removeprefix("re:")
-            if target == module or (target != pattern and re.match(pattern, module)):
+        for target in map(str, group["targets"]):
+            if target == module or (target.startswith("re:") and _matches(target, module)):
                 return group
     if len(by_class) != 1:
         raise invalid("quantization_config: config_groups", f"{len(by_class)} groups for {brief(module)}", "one")
     return by_class[0]
+
+
+def _matches(target: str, module: str) -> bool:
+    try:
+        return re.match(target.removeprefix("re:"), module) is not None
+    except re.error as error:
+        raise invalid("quantization_config: targets", brief(target), f"a regular expression ({error})") from None
 
 
 def _read_layer(source: TensorSource, module: str, arguments: Mapping[str, Any]) -> ForeignWeight:
