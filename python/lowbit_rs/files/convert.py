@@ -118,7 +118,7 @@ def dequantize_file(
     if not checkpoint.is_quantized:
         scheme = checkpoint.foreign_scheme()
         got = f"{paths[0]}, " + ("which is not quantized" if scheme is None else f"quantized by {scheme}")
-        raise invalid("source", got, "what lowbit quantize wrote")
+        raise invalid("source", got, "what lowbit quantize wrote; lowbit convert reads other libraries' weights")
     check_apart(*paths)
     check_destination(paths[1], directory=checkpoint.is_directory, force=force)
     bytes_after, stale = convert_checkpoint(
@@ -181,4 +181,8 @@ class _Dequantization:
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     scheme = "lowbit_rs, as its header says" if checkpoint.is_quantized else checkpoint.foreign_scheme()
     if scheme is not None:
-        raise invalid("source", f"{checkpoint.path}, quantized by {scheme}", "a checkpoint with float weights")
+        raise invalid(
+            "source",
+            f"{checkpoint.path}, quantized by {scheme}",
+            "a checkpoint with float weights; lowbit convert takes quantized ones",
+        )
