@@ -27,6 +27,7 @@ PYTHON_LAYERS = (
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
     {"files"},
     {"integrations"},
+    {"compat"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -231,8 +232,18 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
 
 
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/checkpoints.md",
+    "docs/from-bitsandbytes.md",
+    "docs/qlora.md",
+    "docs/transformers.md",
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # PEFT calls it
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/transformers.md", "docs/qlora.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 #: Public names of modules that need more than this package does: imported when asked for, and not by `import *`.
-_LATER = {"LowbitConfig": "lowbit_rs.integrations.transformers"}
+_LATER = {
+    "LowbitConfig": "lowbit_rs.integrations.transformers",
+    "from_pretrained": "lowbit_rs.integrations.pretrained",
+}
 
 # Not imports, so that `import lowbit_rs` stays light: these modules follow once their libraries are there.
 import_after("transformers.quantizers.auto", "lowbit_rs.integrations.transformers")

@@ -1,4 +1,4 @@
-"""The command ``lowbit``: quantize, inspect and dequantize files, write text with models, and a demonstration.
+"""The command ``lowbit``: convert files, look into them, write text with models, and a demonstration.
 
 Exit codes: 0; 1 after an error, with one line on stderr; 2 where the command line cannot be understood; 130 after
 Ctrl-C and 143 after SIGTERM. In all cases an output is complete or absent.
@@ -214,6 +214,30 @@ def dequantize(source: Path, destination: Path, dtype: str | None, force: bool) 
         torch_dtype = None if dtype is None else getattr(torch, dtype)
         summary = dequantize_file(source, destination, torch_dtype, force=force, progress=progress)
     _print_summary("dequantized", summary)
+
+
+@main.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["native", "bitsandbytes"]),
+    default="native",
+    show_default=True,
+    help="The layout of OUT: files of lowbit_rs, or, from these, bitsandbytes' (nf4, fp4 and int8).",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def convert(source: Path, destination: Path, to: str, force: bool) -> None:
+    """Rewrite a quantized model of another library.
+
+    IN is a model directory of bitsandbytes, GPTQ, AWQ or compressed-tensors, or a file of bitsandbytes. OUT becomes the
+    same with the same weights: they are not quantized anew.
+    """
+    from lowbit_rs.integrations.checkpoints import convert_file
+
+    with _progress_bar("convert") as progress:
+        summary = convert_file(source, destination, to, force=force, progress=progress)
+    _print_summary("converted", summary)
 
 
 @main.command()

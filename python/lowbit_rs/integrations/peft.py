@@ -17,9 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lowbit_rs.errors import LowbitError
-from lowbit_rs.functional import quantize
 from lowbit_rs.nn import QuantLinear
-from lowbit_rs.packed import DTYPES, PackedWeight, state_key
+from lowbit_rs.packed import PackedWeight, state_key
 
 
 class LoraQuantLinear(LoraLinear):
@@ -45,7 +44,7 @@ class LoraQuantLinear(LoraLinear):
         if self.merged_adapters == merged_before:
             return
         try:
-            packed = _pack_like(base, layer.weight)
+            packed = base.pack_like(layer.weight)
         except LowbitError:  # an adapter that is not finite: the layer is as it was
             self.merged_adapters[:] = merged_before
             raise
@@ -79,21 +78,6 @@ def _base_of(layer: BaseTunerLayer) -> QuantLinear:
     base = layer.get_base_layer()
     assert isinstance(base, QuantLinear)
     return base
-
-
-def _pack_like(layer: QuantLinear, weight: torch.Tensor) -> PackedWeight:
-    """A float weight, packed as that of ``layer`` is."""
-    spec = layer.spec
-    return quantize(
-        weight,
-        spec.format,
-        spec.block_size,
-        spec.double_quant,
-        layer.weight_codebook,
-        scale_dtype=DTYPES[spec.scale_dtype],
-        block_order=spec.block_order,
-        signed_absmax=spec.signed_absmax,
-    )
 
 
 @torch.no_grad()

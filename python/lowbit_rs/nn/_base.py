@@ -29,6 +29,8 @@ from lowbit_rs.packed import (
 #: Key under which a module's entry in the metadata of a state_dict says how its weight is packed.
 _METADATA_KEY = "lowbit"
 
+_PERMUTATION = state_key("weight", "permutation")
+
 _STRADDLING = (
     'a weight in block_order="flat" whose rows are no whole number of blocks is multiplied several times slower; '
     "pack it again in the default block order, or with a block size that divides in_features"
@@ -39,7 +41,8 @@ class PackedModule(nn.Module):
     """A module with a packed matrix, held in frozen Parameters.
 
     They are ``weight`` (the codes), ``weight_scale``, and where the format has them ``weight_scale_2``,
-    ``weight_scale_offset``, ``weight_shift`` and ``weight_codebook``: the fields of PackedWeight.
+    ``weight_scale_offset``, ``weight_shift``, ``weight_codebook`` and ``weight_permutation``: the fields of
+    PackedWeight.
 
     ``dtype`` is that of :meth:`dequantize`; it follows ``.half()`` and ``.to(dtype)``, which leave the packed
     parameters as they are.
@@ -52,6 +55,7 @@ class PackedModule(nn.Module):
     weight_scale_offset: Tensor | None
     weight_shift: Tensor | None
     weight_codebook: Tensor | None
+    weight_permutation: Tensor | None
 
     def _hold(self, packed: PackedWeight) -> None:
         """Makes ``packed`` the weight; parameters share its tensors."""
@@ -68,6 +72,7 @@ class PackedModule(nn.Module):
             self.register_parameter(state_key("weight", field), parameter)
         self._fields = tuple(tensors)
         self._keys = tuple(state_key("weight", field) for field in tensors)
+        self._operand_keys = tuple(key for key in self._keys if key != _PERMUTATION)
 
     @property
     def spec(self) -> Spec:
@@ -94,15 +99,15 @@ class PackedModule(nn.Module):
         return self.packed.dequantize(dtype)
 
     def reset_parameters(self) -> None:
-        """Sets every weight to zero. A codebook stays as it is."""
+        """Sets every weight to zero. A codebook and a permutation stay as they are."""
         for field, key in zip(self._fields, self._keys, strict=True):
-            if field != "codebook":
+            if field not in ("codebook", "permutation"):
                 getattr(self, key).zero_()
 
     def _tensors(self) -> list[Tensor]:
         """The parameters of the weight in the order of fields: what operators take."""
         parameters = self._parameters  # not through __getattr__, which costs as much as a small product
-        return [parameters[key] for key in self._keys]  # type: ignore[misc]  # the keys of those that are there
+        return [parameters[key] for key in self._operand_keys]  # type: ignore[misc]  # the keys of those that are there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the packed parameters where ``fn`` moves tensors, but never changes their dtype."""
@@ -151,9 +156,15 @@ class PackedModule(nn.Module):
         if list(weight.shape) != self._shape or beside:
             got = f"a {weight.dtype} weight {list(weight.shape)}" + (f" beside {beside[0]}" if beside else "")
             raise LowbitError(f"got {got}, expected a float weight {self._shape} alone, or a packed one")
+        packed = self.pack_like(weight)
+        return {prefix + state_key("weight", field): tensor for field, tensor in packed.tensors().items()}
+
+    def pack_like(self, weight: Tensor) -> PackedWeight:
+        """A float matrix of this module's shape, packed as its weight is: the same format, and columns in its order."""
         format, block_size, block_order, double_quant = self._scheme
+        permutation = self.weight_permutation
         packed = quantize(
-            weight,
+            weight if permutation is None else weight.index_select(-1, permutation),
             format,
             block_size or "row",
             double_quant,
@@ -162,7 +173,10 @@ class PackedModule(nn.Module):
             block_order=block_order,
             signed_absmax=self._spec.signed_absmax,
         )
-        return {prefix + state_key("weight", field): tensor for field, tensor in packed.tensors().items()}
+        if permutation is None:
+            return packed
+        tensors = packed.tensors() | {"permutation": permutation.detach()}
+        return PackedWeight.from_tensors(packed.spec, packed.shape, packed.dtype, tensors)
 
     def _misfit(self, state_dict: Mapping[str, Any], prefix: str, scheme: list[Any] | None) -> str | None:
         """Why the packed weight of a state_dict cannot be that of this module, where torch would not notice."""
@@ -216,14 +230,17 @@ def empty_packed(
     signed_absmax: bool,
     dtype: torch.dtype | None,
     device: torch.device | str | int | None,
+    permuted: bool = False,
 ) -> PackedWeight:
     """A packed weight of zeros, for a module whose values are yet to be loaded."""
     scheme = make_scheme(resolve_format(format, codebook), block_size, block_order, double_quant)
     scale_name = "float32" if scale_dtype is None else dtype_name(scale_dtype, "scale_dtype")
     spec = make_spec(scheme, scale_name, signed_absmax)
     table = as_codebook(codebook) if spec.format == "custom" else None
-    sizes = storage(spec, shape, None if table is None else table.numel())
+    sizes = storage(spec, shape, None if table is None else table.numel(), permuted)
     tensors = {name: torch.zeros(size, dtype=dtype_, device=device) for name, (size, dtype_) in sizes.items()}
     if table is not None:
         tensors["codebook"] = table.to(tensors["data"].device)
+    if permuted:
+        tensors["permutation"] = torch.arange(shape[-1], dtype=torch.int32, device=device)
     return PackedWeight.from_tensors(spec, shape, torch.get_default_dtype() if dtype is None else dtype, tensors)
