@@ -340,9 +340,9 @@ def test_failure_of_a_copied_file_or_rename_leaves_nothing(
 
     file = model / next(iter(SHARDS))
     for function, source in {
-        "lowbit_rs.files.convert.copy_file": model,
-        "lowbit_rs.files.convert.write_bytes": model,
-        "lowbit_rs.files.convert.sync_tree": model,
+        "lowbit_rs.files.pipeline.copy_file": model,
+        "lowbit_rs.files.pipeline.write_bytes": model,
+        "lowbit_rs.files.pipeline.sync_tree": model,
         "pathlib.Path.rename": model,
         "pathlib.Path.replace": file,
     }.items():

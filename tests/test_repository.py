@@ -18,14 +18,16 @@ CORE = ROOT / "rust" / "core" / "src"
 
 PYTHON_LAYERS = (
     {"_native"},
-    {"errors"},
+    {"errors", "_post_import"},
     {"codebooks", "packed"},
     {"_backends"},
     {"_ops"},
     {"functional"},
     {"nn"},
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
-    {"files", "integrations"},
+    {"files"},
+    {"integrations"},
+    {"compat"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -232,7 +234,18 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/checkpoints.md",
+    "docs/from-bitsandbytes.md",
+    "docs/qlora.md",
+    "docs/transformers.md",
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # PEFT calls it
+@pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
@@ -241,6 +254,15 @@ def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypat
     namespace: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
         exec(compile(block, name, "exec"), namespace)  # noqa: S102  # the block is the thing under test
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=relative)
+def test_tests_that_the_documentation_names_exist(page: Path) -> None:
+    named = re.findall(r"`(?:(test_\w+\.py)(?:::)?)?(test_\w+)?(?:\[[^`]*\])?`", page.read_text(encoding="utf-8"))
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    for file, function in named:
+        texts = [sources[file]] if file else list(sources.values())
+        assert not function or any(f"def {function}(" in text for text in texts), (file, function)
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=relative)
