@@ -119,7 +119,7 @@ class TestLinear:
     def test_activations_in_int8(self, format: str, dtype: torch.dtype) -> None:
         """Half a step of an activation, half a step of a code in 6 bits or more, and the roundings without int8."""
         for block_size in (32, 64, "row"):
-            packed = lowbit_rs.quantize(torch.randn(40, 200), format, block_size)  # type: ignore[arg-type]
+            packed = lowbit_rs.quantize(torch.randn(40, 200), format, block_size)
             weight = oracle.dequantize(packed, torch.float32).double().abs()
             shift = 0 if packed.shift is None else oracle.per_weight(packed, packed.shift.double().abs())
             for tokens in (1, 3, 8, 17):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit_rs
-from bitsandbytes_layers import eight_bit, four_bit, path_taken, stored_parts
+from bitsandbytes_layers import MissingError, eight_bit, four_bit, path_taken, stored_parts
 from lowbit_rs import codebooks
 
 
@@ -110,7 +110,7 @@ def stored_by_bitsandbytes(layer: Any) -> int:
     return sum(part.nbytes for part in stored_parts(layer))
 
 
-_BOF4_S_16 = {"block_size": 16, "double_quant": True, "signed_absmax": True}
+_BOF4_S_16: dict[str, Any] = {"block_size": 16, "double_quant": True, "signed_absmax": True}
 
 RIVALS = (
     Rival("torch fp32", dense, dtype=torch.float32),

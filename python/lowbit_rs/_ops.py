@@ -30,7 +30,7 @@ for _schema in (
     "-> Tensor[]",
     f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     f"embedding(Tensor input, {_WEIGHT}, ScalarType dtype) -> Tensor",
-    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation=\"none\") -> Tensor",
+    f'linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation="none") -> Tensor',
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
     f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor",
     f"linear_grouped_grad_input(Tensor grad, Tensor counts, {_WEIGHT}) -> Tensor",

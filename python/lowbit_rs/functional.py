@@ -95,16 +95,16 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activ
     """``torch.nn.functional.linear`` with a packed weight: ``x @ W.T + bias``.
 
     ``x`` is [..., K] in float32, float16 or bfloat16, ``packed`` [N, K] and ``bias`` [N] in any of these dtypes; the
-    result is [..., N] in the dtype of x. Sums are fp32, with one rounding at the end; how exact their terms are, for which
-    dtype, docs/cpu.md says. The weight is decoded on the fly. Differentiable in x and bias. Under autocast x is cast as
-    F.linear casts it.
+    result is [..., N] in the dtype of x. Sums are fp32, with one rounding at the end; how exact their terms are, for
+    which dtype, docs/cpu.md says. The weight is decoded on the fly. Differentiable in x and bias. Under autocast x is
+    cast as F.linear casts it.
 
-    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for every 64 values of a row, or for a whole row
-    beside int8 weights with a scale a row; it is where that is faster. The relative error that it adds is about 0.7 %
-    of the result for normal x, and gradients are those without it.
+    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for every 64 values of a row, or for a whole
+    row beside int8 weights with a scale a row; it is where that is faster. The relative error that it adds is about
+    0.7 % of the result for normal x, and gradients are those without it. On CUDA it is not supported.
 
     Raises InvalidArgument for shapes, dtypes and devices that do not go together, Unsupported for a device without
-    kernels.
+    kernels, and for an activation that the device does not round.
     """
     _ops.check_activation(activation)
     weight, permutation = packed.operands(), packed.permutation

@@ -256,17 +256,17 @@ def _check_values(name: str, module: nn.Module, device: torch.device | str | int
 
 
 def _replace_one(
-    model: nn.Module, name: str, options: dict[str, Any], of_linear: dict[str, Any], report: Report
+    model: nn.Module, name: str, options: dict[str, Any], of_products: dict[str, Any], report: Report
 ) -> None:
     module = model.get_submodule(name)
     new: QuantLinear | QuantEmbedding | QuantExperts
     with _naming(name):
         if isinstance(module, nn.Linear):
-            new = QuantLinear.from_linear(module, **of_linear, **options)
+            new = QuantLinear.from_linear(module, **of_products, **options)
         elif isinstance(module, nn.Embedding):
             new = QuantEmbedding.from_embedding(module, **options)
         else:
-            new = QuantExperts.from_experts(module, compute_dtype=compute_dtype, **options)
+            new = QuantExperts.from_experts(module, compute_dtype=of_products["compute_dtype"], **options)
     packed = new.stacks if isinstance(new, QuantExperts) else {"weight": new.packed}
     for key, weight in _weights(module).items():
         row_name = f"{name}.{key}" if isinstance(new, QuantExperts) else name
