@@ -13,12 +13,13 @@ from lowbit_rs.packed import dtype_name
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .metadata import METADATA_KEY, QuantizedTensor, encode_metadata
+from .model_config import NATIVE, rewritten_config
 from .output import check_apart, check_destination
 from .pipeline import Progress, Step, Summary, carry_over, convert_checkpoint, read_packed, write_packed
 from .recipe import Recipe
 from .safetensors_format import TensorInfo, brief, safetensors_dtype
 from .safetensors_stream import Buffer, SafetensorsReader, SafetensorsWriter
-from .selection import select
+from .selection import Selection, select
 
 if TYPE_CHECKING:
     import os
@@ -48,8 +49,9 @@ def quantize_file(
     """Quantizes the linear weights of a safetensors file or of a model directory into another.
 
     Which tensors these are, ``lowbit_rs.files.selection`` says. All other tensors are carried over bit for bit, and so
-    are the other files of a directory, but for the index of shards, which gets the new names. How the weights are
-    stored, ``lowbit_rs.files.metadata`` says: in the header of each file, so config.json stays as it is.
+    are the other files of a directory, but for the index of shards, which gets the new names, and config.json, where
+    ``quantization_config`` names this package, so that transformers finds it. How the weights are stored, the header of
+    each file says: see ``lowbit_rs.files.metadata``.
 
     Tensors are read, packed and written one at a time: memory is that of the largest float weight and its packed form.
     ``destination`` is complete or absent at any time: it is written under a temporary name beside its place, flushed to
@@ -81,14 +83,15 @@ def quantize_file(
     _refuse_quantized(checkpoint)
     check_apart(*paths)
     check_destination(paths[1], directory=checkpoint.is_directory, force=force)
-    selection = select(checkpoint, skip=skip, embeddings=embeddings)
-    if not selection.chosen:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(selection.skipped.values()).items())
-        raise invalid("source", f"{source}, with no tensor to quantize ({reasons or 'empty'})", "linear weights")
+    selection = _select(checkpoint, skip, embeddings)
     conversion = _Quantization(recipe, selection.chosen)
-    bytes_after, stale = convert_checkpoint(checkpoint, paths[1], conversion, force=force, progress=progress)
+    rewritten = rewritten_config(checkpoint.config, NATIVE)
+    bytes_after, stale = convert_checkpoint(
+        checkpoint, paths[1], conversion, force=force, progress=progress, rewritten=rewritten
+    )
     converted = tuple(tensor.name for tensor in checkpoint.tensors() if tensor.name in selection.chosen)
-    return Summary(converted, selection.skipped, checkpoint.others, checkpoint.data_bytes, bytes_after, stale)
+    copied = checkpoint.others_but(rewritten)
+    return Summary(converted, selection.skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
 def dequantize_file(
@@ -102,7 +105,8 @@ def dequantize_file(
     """Turns the quantized weights of a file or model directory back into float weights.
 
     Names, shapes and, unless ``dtype`` is given, dtypes are those before quantization. Everything else is carried over
-    bit for bit. Memory, atomicity and errors are those of ``quantize_file``.
+    bit for bit, but for ``quantization_config`` of config.json, which is left out. Memory, atomicity and errors are
+    those of ``quantize_file``.
 
     Args:
         source: what ``quantize_file`` wrote.
@@ -121,12 +125,14 @@ def dequantize_file(
         raise invalid("source", got, "what lowbit quantize wrote; lowbit convert reads other libraries' weights")
     check_apart(*paths)
     check_destination(paths[1], directory=checkpoint.is_directory, force=force)
+    rewritten = rewritten_config(checkpoint.config, None)
     bytes_after, stale = convert_checkpoint(
-        checkpoint, paths[1], _Dequantization(dtype), force=force, progress=progress
+        checkpoint, paths[1], _Dequantization(dtype), force=force, progress=progress, rewritten=rewritten
     )
     converted = tuple(name for shard in checkpoint.shards for name in shard.quantized)
     skipped = {tensor.name: "not quantized" for shard in checkpoint.shards for tensor in shard.plain_tensors()}
-    return Summary(converted, skipped, checkpoint.others, checkpoint.data_bytes, bytes_after, stale)
+    copied = checkpoint.others_but(rewritten)
+    return Summary(converted, skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,16 @@ class _Dequantization:
             writer.write(tensor.name, read_packed(reader, tensor).dequantize(self.dtype))
 
         return Step(tensor.name, tensor.packed_bytes, (output,), run)
+
+
+def _select(checkpoint: Checkpoint, skip: Iterable[str], embeddings: bool) -> Selection:
+    """``select``, with an error where nothing is chosen."""
+    selection = select(checkpoint, skip=skip, embeddings=embeddings)
+    if not selection.chosen:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(selection.skipped.values()).items())
+        got = f"{checkpoint.path}, with no tensor to quantize ({reasons or 'empty'})"
+        raise invalid("source", got, "linear weights")
+    return selection
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:

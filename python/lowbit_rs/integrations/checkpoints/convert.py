@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit_rs.errors import InvalidArgument, Unsupported, invalid
-from lowbit_rs.files.checkpoint import Checkpoint, Shard, open_checkpoint
+from lowbit_rs.files.checkpoint import Shard, open_checkpoint
 from lowbit_rs.files.metadata import METADATA_KEY, QuantizedTensor, encode_metadata
+from lowbit_rs.files.model_config import NATIVE, rewritten_config
 from lowbit_rs.files.output import check_apart, check_destination
 from lowbit_rs.files.pipeline import Progress, Step, Summary, carry_over, convert_checkpoint, write_packed
 from lowbit_rs.files.safetensors_format import TensorInfo, brief
@@ -22,9 +22,6 @@ from .source import ForeignWeight, TensorSource
 
 if TYPE_CHECKING:
     import os
-
-_CONFIG = Path("config.json")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 #: What ``convert_file`` writes.
 TARGETS = ("native", "bitsandbytes")
@@ -41,8 +38,8 @@ def convert_file(
     """Rewrites a quantized safetensors file or model directory in another layout, with the same weights.
 
     No float weight is made: codes and scales are moved, one weight at a time. Everything else is carried over bit for
-    bit, but for the quantization in config.json, which native files do not have and bitsandbytes needs. Memory,
-    atomicity and ``progress`` are those of ``lowbit_rs.files.quantize_file``.
+    bit, but for what config.json says of the quantization, by which transformers finds the library. Memory, atomicity
+    and ``progress`` are those of ``lowbit_rs.files.quantize_file``.
 
     Args:
         source: what bitsandbytes, a GPTQ or AWQ library or compressed-tensors wrote; or, for bitsandbytes, a native
@@ -66,14 +63,15 @@ def convert_file(
     with TensorSource(checkpoint) as tensors:
         conversion: _ToNative | _ToBitsandbytes
         conversion = _to_native(tensors) if to == "native" else _to_bitsandbytes(tensors)
-        rewritten = _rewritten_files(checkpoint, conversion.quantization_config)
+        rewritten: dict[Path, bytes | None] = {Path(name): None for name in OPTION_FILES}
+        rewritten |= rewritten_config(checkpoint.config, conversion.quantization_config)
         bytes_after, stale = convert_checkpoint(
             checkpoint, paths[1], conversion, force=force, progress=progress, rewritten=rewritten
         )
     skipped = {
         tensor.name: "not quantized" for tensor in checkpoint.tensors() if tensor.name not in conversion.consumed
     }
-    copied = tuple(file for file in checkpoint.others if file not in rewritten)
+    copied = checkpoint.others_but(rewritten)
     return Summary(conversion.names, skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
@@ -82,7 +80,7 @@ class _ToNative:
     source: TensorSource
     weights: tuple[ForeignWeight, ...]
     consumed: frozenset[str]
-    quantization_config: None = None
+    quantization_config: Mapping[str, Any] = field(default_factory=lambda: NATIVE)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -171,15 +169,3 @@ def _float_modules(tensors: list[TensorInfo]) -> list[str]:
     """Names of the modules with a float matrix: linear layers that stay as they are, and others that do not mind."""
     matrices = [tensor.name for tensor in tensors if tensor.name.endswith(".weight") and len(tensor.shape) == 2]
     return sorted(name.removesuffix(".weight") for name in matrices)
-
-
-def _rewritten_files(checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> dict[Path, bytes | None]:
-    """Files of a model directory that tell how its weights were quantized, as they are to be."""
-    rewritten: dict[Path, bytes | None] = {Path(name): None for name in OPTION_FILES}
-    if checkpoint.config:
-        config = {key: value for key, value in checkpoint.config.items() if key not in _QUANTIZATION_KEYS}
-        if quantization is not None:
-            config["quantization_config"] = dict(quantization)
-        if config != checkpoint.config:
-            rewritten[_CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return rewritten
