@@ -90,8 +90,8 @@ def quantize_model(
         "block_order": block_order,
         "signed_absmax": signed_absmax,
     }
-    report = Report(scheme=_check_options(options, compute_dtype))
-    check_activation(activation)
+    of_products = {"compute_dtype": compute_dtype, "activation": activation}
+    report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -99,9 +99,7 @@ def quantize_model(
     for name in names:
         _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
-        if device is not None:
-            model.get_submodule(name).to(device)
-        _replace_one(model, name, options, {"compute_dtype": compute_dtype, "activation": activation}, report)
+        _replace_one(model, name, device, options, of_products, report)
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -129,10 +127,11 @@ def to_float(packed: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return packed.to_experts(dtype)
 
 
-def _check_options(options: dict[str, Any], compute_dtype: torch.dtype | None) -> str:
-    """Raises for options that no layer could take; gives them in words."""
-    if compute_dtype is not None:
-        dtype_name(compute_dtype, "compute_dtype")
+def _check_options(options: dict[str, Any], of_products: dict[str, Any]) -> str:
+    """Raises for options that no layer could take; gives those of packing in words."""
+    if of_products["compute_dtype"] is not None:
+        dtype_name(of_products["compute_dtype"], "compute_dtype")
+    check_activation(of_products["activation"])
     if options["nonfinite"] not in ("error", "propagate"):
         raise invalid("nonfinite", repr(options["nonfinite"]), '"error" or "propagate"')
     scheme = make_scheme(*(options[key] for key in ("format", "block_size", "block_order", "double_quant")))
@@ -256,9 +255,16 @@ def _check_values(name: str, module: nn.Module, device: torch.device | str | int
 
 
 def _replace_one(
-    model: nn.Module, name: str, options: dict[str, Any], of_products: dict[str, Any], report: Report
+    model: nn.Module,
+    name: str,
+    device: torch.device | str | int | None,
+    options: dict[str, Any],
+    of_products: dict[str, Any],
+    report: Report,
 ) -> None:
     module = model.get_submodule(name)
+    if device is not None:
+        module.to(device)
     new: QuantLinear | QuantEmbedding | QuantExperts
     with _naming(name):
         if isinstance(module, nn.Linear):
