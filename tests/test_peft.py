@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 
 import lowbit_rs
-from lowbit_rs import LowbitConfig, QuantLinear
+from lowbit_rs import LowbitConfig, PackedWeight, QuantLinear
 from lowbit_rs.integrations.peft import LoraQuantLinear
 from tiny_models import VOCABULARY, load, logits_of, make_model
 
@@ -145,6 +145,29 @@ def test_merged_weight_is_the_packed_sum(
     model.unmerge_adapter()
     assert all(base_of(layer).packed == kept[name] for name, layer in layers.items())
     assert logits_of(model).equal(expected)
+
+
+def test_layer_with_permuted_columns_is_merged_in_their_order() -> None:
+    layer = nn.Linear(64, 24)
+    order = torch.randperm(64).to(torch.int32)
+    sorted_columns = lowbit_rs.quantize(layer.weight.detach()[:, order], "int4", 16)
+    packed = PackedWeight.from_tensors(
+        sorted_columns.spec, (24, 64), torch.float32, sorted_columns.tensors() | {"permutation": order}
+    )
+    base = QuantLinear.from_packed(packed, layer.bias)
+    model: Any = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"]))  # type: ignore[arg-type]
+    randomized(model)
+    adapter = layers_of(model)["base_model.model.0"]
+    kept = copy.deepcopy(base.packed)
+    total = kept.dequantize() + adapter.get_delta_weight("default")
+    model.merge_adapter()
+    assert torch.equal(base.packed.permutation, order)  # type: ignore[arg-type]
+    blocks = total[:, order].unflatten(1, (-1, 16))
+    step = blocks.abs().amax(2, keepdim=True) / 7  # int4 reaches -8, so that no value is beyond the table
+    error = (base.packed.dequantize()[:, order].unflatten(1, (-1, 16)) - blocks).abs()
+    assert (error <= 0.5001 * step).all()
+    model.unmerge_adapter()
+    assert base.packed == kept
 
 
 def test_bias_of_an_adapter_is_merged(tmp_path: Path) -> None:
