@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lowbit_rs
 import lowbit_rs.compat.bitsandbytes as bnb
 from foreign import Layer, awq_gemm, case, compressed_tensors, gptq, layer
-from lowbit_rs import InvalidArgument, QuantLinear, Unsupported
+from lowbit_rs import InvalidArgument, LowbitConfig, QuantLinear, Unsupported
 from lowbit_rs.files import quantize_file
 from lowbit_rs.integrations.checkpoints import convert_file
 
@@ -283,10 +283,33 @@ def test_class_and_options(tmp_path: Path) -> None:
     assert_same(model, reference)
 
 
-def test_saving_is_refused_with_the_way_that_works(tmp_path: Path) -> None:
-    path, _ = checkpoint(tmp_path / "x", "nf4")
-    with pytest.raises(Unsupported, match=r"save_pretrained: not supported: .*lowbit convert IN OUT"):
-        lowbit_rs.from_pretrained(path).save_pretrained(tmp_path / "out")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_and_loaded_by_transformers(layout: str, tmp_path: Path) -> None:
+    path, _ = checkpoint(tmp_path / "x", layout)
+    model = lowbit_rs.from_pretrained(path)
+    model.save_pretrained(tmp_path / "out")
+    convert_file(path, tmp_path / "native")
+    for directory in ("out", "native"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / directory)
+        state = again.state_dict()
+        assert {name: tensor for name, tensor in model.state_dict().items() if not tensor.equal(state[name])} == {}
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_same(lowbit_rs.from_pretrained(tmp_path / "out"), model)
+
+
+def test_options_of_a_packed_model_are_kept(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "float")
+    options = LowbitConfig(compute_dtype=torch.bfloat16, overrides={"*.o_proj": {"activation": "int8"}})
+    packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=options)
+    packed.save_pretrained(tmp_path / "packed")
+    model = lowbit_rs.from_pretrained(tmp_path / "packed")
+    assert model.config.quantization_config == options
+    assert [str(module) for module in model.modules() if isinstance(module, QuantLinear)] == [
+        str(module) for module in packed.modules() if isinstance(module, QuantLinear)
+    ]
+    assert model.model.layers[0].self_attn.o_proj.activation == "int8"
+    assert model.model.layers[0].mlp.up_proj.activation == "none"
+    assert torch.equal(model(IDS).logits, packed(IDS).logits)
 
 
 def test_repositories_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

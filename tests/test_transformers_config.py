@@ -18,7 +18,7 @@ from tiny_models import make_model
 
 CONFIGS: tuple[dict[str, Any], ...] = (
     {},
-    {"format": "int8", "block_size": "row", "compute_dtype": torch.bfloat16},
+    {"format": "int8", "block_size": "row", "compute_dtype": torch.bfloat16, "activation": "int8"},
     {"double_quant": True, "skip_modules": ["lm_head", "*.0.*"], "embeddings": True},
     {"codebook": torch.tensor([-1.0, -0.1, 0.0, 0.3]), "scale_dtype": "float16", "signed_absmax": True},
     {"codebook": "fit", "block_size": 32},
@@ -56,7 +56,7 @@ def test_overrides_are_merged_in_order() -> None:
         double_quant=True,
         overrides={
             "layers.*": {"block_size": 32},
-            "o_proj": {"format": "int8", "compute_dtype": torch.float16},
+            "o_proj": {"format": "int8", "compute_dtype": torch.float16, "activation": "int8"},
             "layers.1": {"codebook": [0.0, 1.0]},
         },
     )
@@ -67,6 +67,7 @@ def test_overrides_are_merged_in_order() -> None:
     assert config.recipe("layers.1.o_proj").spec.format == "custom"
     assert config.compute_dtype_of("layers.0.o_proj") == torch.float16
     assert config.compute_dtype_of("q_proj") is None
+    assert (config.activation_of("layers.0.o_proj"), config.activation_of("q_proj")) == ("int8", "none")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -79,6 +80,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codebook": ({"codebook": [1.0]}, "codebook: got shape"),
     "name of a codebook": ({"codebook": "best"}, "codebook: got 'best', expected \"block-optimal\""),
     "codebook with a format": ({"format": "int8", "codebook": [0.0, 1.0]}, "format: got 'int8' with a codebook"),
+    "activation": ({"activation": "int4"}, "activation: got 'int4', expected \"none\" or \"int8\""),
     "skips": ({"skip_modules": [1]}, r"skip_modules: got \[1\], expected names"),
     "override": ({"overrides": {"a": {"skip": True}}}, r"overrides\['a'\]: got {'skip': True}, expected a mapping of"),
     "value of an override": ({"overrides": {"a": {"block_size": 5}}}, r"overrides\['a'\]: block_size: got 5"),

@@ -21,6 +21,8 @@ from lowbit_rs.files.state import load_weights
 from lowbit_rs.integrations.checkpoints.convert import load_weight
 from lowbit_rs.integrations.checkpoints.registry import foreign_weights
 from lowbit_rs.integrations.checkpoints.source import TensorSource
+from lowbit_rs.integrations.transformers import LowbitConfig, LowbitQuantizer
+from lowbit_rs.nn import QuantLinear
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.packed import PackedWeight, dtype_name
 
@@ -29,11 +31,6 @@ _DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 #: Names that old files have and models of today do not: buffers that are computed.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
-
-_NOT_SAVED = (
-    "files of a model keep its layout in their headers, which save_pretrained of transformers does not write; rewrite "
-    "the checkpoint with `lowbit convert IN OUT`, or save its weights with lowbit_rs.files.save_packed"
-)
 
 
 def from_pretrained(
@@ -49,7 +46,8 @@ def from_pretrained(
 
     Quantized linear layers become QuantLinear (embeddings QuantEmbedding) with the checkpoint's own codes and scales;
     the library that wrote it is not needed. The model is built without memory for its weights and filled with one
-    tensor after the other, so that no float weight of a quantized layer is ever made. It comes in eval mode.
+    tensor after the other, so that no float weight of a quantized layer is ever made. It comes in eval mode, and is
+    what AutoModel.from_pretrained gives of a native directory: ``save_pretrained`` writes one.
 
     Args:
         path_or_id: a model directory, or the name of a repository on the Hugging Face hub, which is downloaded.
@@ -76,12 +74,9 @@ def from_pretrained(
         model = (model_class or _class_of(config))._from_config(config, **options)
     weights = load_packed(path) if checkpoint.is_quantized else _foreign(checkpoint)
     load_weights(model, _fitting(model, weights, chosen), str(path))
-    for module in model.modules():
-        if isinstance(module, PackedModule) and chosen is not None:
-            module.dtype = chosen  # no cast touches its parameters, so that it is to be told
+    _hand_over(model, _quantization(checkpoint), chosen)
     if (path / "generation_config.json").exists() and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    model.save_pretrained = _refuse_saving
     return model.eval() if device is None else model.eval().to(device)
 
 
@@ -118,6 +113,28 @@ def _class_of(config: Any) -> Any:
         reason = f"transformers {transformers.__version__} has no such model; pass model_class="
         raise unsupported(f"architectures {brief(names)} in config.json", reason)
     return found
+
+
+def _quantization(checkpoint: Checkpoint) -> LowbitConfig:
+    """The options that a native checkpoint was packed with, as far as it says."""
+    said = checkpoint.config.get("quantization_config") if checkpoint.is_quantized else None
+    config: LowbitConfig = LowbitConfig.from_dict(dict(said) if isinstance(said, dict) else {})
+    return config
+
+
+def _hand_over(model: Any, quantization: LowbitConfig, dtype: torch.dtype | None) -> None:
+    """Tells packed modules what their tensors do not show, and transformers that the model is a packed one."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule) and dtype is not None:
+            module.dtype = dtype  # no cast touches its parameters, so that it is to be told
+        if isinstance(module, QuantLinear):
+            module.compute_dtype = quantization.compute_dtype_of(name)
+            module.activation = quantization.activation_of(name)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.hf_quantizer = LowbitQuantizer(quantization, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, quantization.quant_method
+    model.hf_quantizer.postprocess_model(model)
 
 
 @contextmanager
@@ -182,10 +199,6 @@ def _dtype_of(model: Any, name: str, dtype: torch.dtype) -> torch.dtype:
 def _config_dtype(config: Any) -> torch.dtype | None:
     dtype = getattr(config, "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def _refuse_saving(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
-    raise unsupported("save_pretrained", _NOT_SAVED)
 
 
 __all__ = ["from_pretrained"]

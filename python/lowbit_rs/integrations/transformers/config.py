@@ -14,14 +14,13 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit_rs._ops import check_activation
 from lowbit_rs.errors import InvalidArgument, invalid
+from lowbit_rs.files.metadata import FORMAT_VERSION
 from lowbit_rs.files.recipe import BLOCK_OPTIMAL, FIT, Recipe
 from lowbit_rs.functional import CodebookLike, as_codebook
 from lowbit_rs.nn.model import matches
 from lowbit_rs.packed import DTYPES, BlockSize, dtype_name
-
-#: Version of what config.json says and of the tensors that it describes.
-FORMAT_VERSION = 1
 
 #: Options that an override may set for some modules.
 _PACKING = (
@@ -34,6 +33,7 @@ _PACKING = (
     "signed_absmax",
     "nonfinite",
     "compute_dtype",
+    "activation",
 )
 _DTYPES = ("scale_dtype", "compute_dtype")
 
@@ -60,6 +60,7 @@ class LowbitConfig(QuantizationConfigMixin):
       ``nonfinite``: as in :func:`lowbit_rs.quantize`; ``codebook`` may also be "block-optimal", the values that are
       best for normal weights at this block size, or "fit", those that are best for each weight.
     - ``compute_dtype``: activations are rounded to it before a product; by default they are taken as they come.
+    - ``activation``: "int8" lets linear layers round activations to 8 bits where that is faster: see QuantLinear.
     - ``skip_modules``: names or patterns of modules that stay as they are, as ``skip`` of
       :func:`lowbit_rs.quantize_model`. By default, the output head and what the model asks to have in fp32. Given, it
       takes the place of the default; modules that share their weight with another one stay in any case.
@@ -84,6 +85,7 @@ class LowbitConfig(QuantizationConfigMixin):
         codebook: str | CodebookLike | None = None,
         *,
         compute_dtype: torch.dtype | str | None = None,
+        activation: str = "none",
         skip_modules: Iterable[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         embeddings: bool = False,
@@ -106,6 +108,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.double_quant = double_quant
         self.codebook = _plain_codebook(codebook)
         self.compute_dtype = _dtype("compute_dtype", compute_dtype)
+        self.activation = activation
         self.scale_dtype = _dtype("scale_dtype", scale_dtype)
         self.block_order = block_order
         self.signed_absmax = signed_absmax
@@ -130,6 +133,11 @@ class LowbitConfig(QuantizationConfigMixin):
         """The dtype that the activations of a module are rounded to."""
         return _dtype("compute_dtype", self._options(module)["compute_dtype"])
 
+    def activation_of(self, module: str) -> str:
+        """How the activations of a module may be rounded."""
+        activation: str = self._options(module)["activation"]
+        return activation
+
     def _options(self, module: str | None = None) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _PACKING}
         for pattern, override in self.overrides.items():
@@ -140,6 +148,7 @@ class LowbitConfig(QuantizationConfigMixin):
     def _recipe(self, options: Mapping[str, Any]) -> Recipe:
         _flag("double_quant", options["double_quant"])
         _flag("signed_absmax", options["signed_absmax"])
+        check_activation(options["activation"])
         return Recipe(
             options["format"] or "nf4",
             options["block_size"],

@@ -76,7 +76,11 @@ def weight_shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 
 def place(
-    model: nn.Module, name: str, weights: Mapping[str, QuantizedTensor], compute_dtype: torch.dtype | None
+    model: nn.Module,
+    name: str,
+    weights: Mapping[str, QuantizedTensor],
+    compute_dtype: torch.dtype | None,
+    activation: str,
 ) -> nn.Module:
     """Puts a packed module, empty and on the meta device, where ``model`` has the float one ``name``; returns it.
 
@@ -89,7 +93,8 @@ def place(
         new = QuantEmbedding.from_packed(packed["weight"], module.padding_idx)
     elif isinstance(module, nn.Linear | Conv1D):
         kind = QuantConv1D if isinstance(module, Conv1D) else QuantLinear
-        new = kind.from_packed(packed["weight"], module._parameters.get("bias"), compute_dtype=compute_dtype)
+        bias = module._parameters.get("bias")
+        new = kind.from_packed(packed["weight"], bias, compute_dtype=compute_dtype, activation=activation)
     else:
         new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype)
     replace_module(model, module, new.train(module.training))
