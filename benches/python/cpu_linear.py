@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from bitsandbytes_layers import MissingError
 from environment import save
+from llama_layers import LlamaLinear
 from lowbit_rs import _native
 from lowbit_rs.demo.machine import last_level_cache
 from rivals import RIVALS, Rival
@@ -125,8 +126,8 @@ def _copies(layer: nn.Module, weight_bytes: int) -> list[nn.Module]:
 def _seconds(copies: Sequence[nn.Module], x: Tensor, repeats: int) -> list[float]:
     """Times of ``repeats`` calls, each of the copy that has rested longest."""
     layers = cycle(copies)
-    for layer in islice(layers, _WARM_UP):
-        layer(x)
+    for layer in copies if isinstance(copies[0], LlamaLinear) else islice(layers, _WARM_UP):
+        layer(x)  # one of llama.cpp sets itself up for a number of tokens
     seconds = []
     for layer in islice(layers, repeats):
         start = time.perf_counter()

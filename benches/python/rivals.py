@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowbit_rs
 from bitsandbytes_layers import MissingError, eight_bit, four_bit, path_taken, stored_parts
+from llama_layers import LlamaLinear
 from lowbit_rs import codebooks
 
 
@@ -110,15 +111,38 @@ def stored_by_bitsandbytes(layer: Any) -> int:
     return sum(part.nbytes for part in stored_parts(layer))
 
 
+def unfused(weight: Tensor) -> nn.Module:
+    """bitsandbytes' NF4 as it runs without AVX-512 BF16: the weight is dequantized for every product."""
+    return four_bit(weight, "nf4").train()
+
+
+def stored_by_llama(layer: Any) -> int:
+    """Bytes of a weight of llama.cpp."""
+    return int(layer.codes.nbytes)
+
+
 _BOF4_S_16: dict[str, Any] = {"block_size": 16, "double_quant": True, "signed_absmax": True}
 
 RIVALS = (
     Rival("torch fp32", dense, dtype=torch.float32),
     Rival("torch bf16", dense, dtype=torch.bfloat16),
     Rival("bitsandbytes nf4", lambda weight: four_bit(weight, "nf4"), path_taken, stored_by_bitsandbytes),
+    Rival("bitsandbytes nf4 unfused", unfused, path_taken, stored_by_bitsandbytes),
     Rival("bitsandbytes int8", lambda weight: eight_bit(weight, threshold=0.0), path_taken, stored_by_bitsandbytes),
     Rival("torch int8pack", Int8Pack, dtype=torch.bfloat16),
     Rival("torch int4pack", Int4Pack, dtype=torch.bfloat16),
+    Rival(
+        "llama.cpp Q4_0", lambda weight: LlamaLinear(weight, "q4_0"), weight_bytes=stored_by_llama, dtype=torch.float32
+    ),
+    Rival(
+        "llama.cpp IQ4_NL",
+        lambda weight: LlamaLinear(weight, "iq4_nl"),
+        weight_bytes=stored_by_llama,
+        dtype=torch.float32,
+    ),
+    Rival(
+        "llama.cpp Q8_0", lambda weight: LlamaLinear(weight, "q8_0"), weight_bytes=stored_by_llama, dtype=torch.float32
+    ),
     Rival("torch _int_mm", IntMm, dtype=torch.bfloat16, is_linear=False),
     Rival("nf4", lowbit(format="nf4")),
     Rival("nf4-dq", lowbit(format="nf4", double_quant=True)),

@@ -171,12 +171,35 @@ impl<'a> Filler<'a> {
             _ => {
                 for index in 0..self.tiles * ROWS {
                     let row = (self.outputs.start + index).min(self.outputs.end - 1);
+                    self.prefetch_next_strip(simd, row - self.outputs.start, &terms);
                     let lines = Lines { panel, tiles: self.tiles, tile: index / ROWS, row: index % ROWS };
                     self.fill_row(simd, row, terms.clone(), steps, lines);
                 }
             }
         }
         steps
+    }
+
+    /// Asks for a part of the strip that comes next, as long as the terms of row `index` of this one, and for those of
+    /// the next row. Chunks of rows are short pieces of memory, which the processor's own prefetchers do not follow: so
+    /// the next strip is asked for line by line, in the order of memory, while this one is decoded.
+    #[inline(always)]
+    fn prefetch_next_strip(&self, simd: Avx512, index: usize, terms: &Range<usize>) {
+        let layout = self.weight.layout();
+        if layout.straddles_rows {
+            return;
+        }
+        let (row_bytes, bytes) = (layout.row_bytes(), layout.bytes_of(terms.len()));
+        let rows = self.outputs.len();
+        let codes = self.weight.codes().as_ptr().wrapping_add(self.outputs.start * row_bytes);
+        let near = codes.wrapping_add((index + 1) * row_bytes + layout.bytes_of(terms.start));
+        let far = codes.wrapping_add(rows * (row_bytes + layout.bytes_of(terms.start)) + index * bytes);
+        for line in (0..bytes).step_by(ROW_BYTES) {
+            simd.prefetch(far.wrapping_add(line));
+            simd.prefetch_near(near.wrapping_add(line));
+        }
+        let block = (self.outputs.end + index) * layout.blocks_per_row() + terms.start / layout.block_size;
+        prefetch_scale(simd, self.weight, block);
     }
 
     #[inline]
@@ -205,11 +228,6 @@ impl<'a> Filler<'a> {
         let (blocks, row_bytes) = (layout.blocks_per_row(), layout.row_bytes());
         let block_shift = block_shift(layout);
         let groups = steps / Order::Nibbles.steps_of_group();
-        // Chunks of rows are short pieces of memory, which the processor's own prefetchers do not follow. So the codes
-        // of the strip that comes next are asked for, line by line, as those of this one are decoded.
-        let strip_bytes = self.outputs.len() * row_bytes;
-        let ahead = strip_bytes + terms.start * strip_bytes / layout.cols;
-        let mut ahead = self.weight.codes()[self.outputs.start * row_bytes..].as_ptr().wrapping_add(ahead);
         let part_lines = self.tiles * CHUNK_STEPS * ROWS;
         assert!(panel.len() >= PARTS * part_lines);
         for index in 0..self.tiles * ROWS {
@@ -218,7 +236,7 @@ impl<'a> Filler<'a> {
             let shifts = self.shifts.get(row * blocks..).unwrap_or_default();
             let codes = &self.weight.codes()[(self.outputs.start + row) * row_bytes + terms.start / 2..];
             let mut line = (index / ROWS) * CHUNK_STEPS * ROWS + index % ROWS;
-            prefetch_scale(simd, self.weight, (self.outputs.end + row) * blocks + (terms.start >> block_shift));
+            self.prefetch_next_strip(simd, row, &terms);
             for group in 0..groups {
                 let col = terms.start + group * 2 * SMALLEST_TABLE_BLOCK;
                 // Columns behind the last are multiplied with zeros, by weights of the row's last block.
@@ -231,8 +249,6 @@ impl<'a> Filler<'a> {
                     }
                 });
                 let tables = split(low, high, PARTS);
-                simd.prefetch(ahead);
-                ahead = ahead.wrapping_add(ROW_BYTES);
                 let words = _mm512_castps_si512(load_words(simd, &codes[group * SMALLEST_TABLE_BLOCK..]));
                 let shifted = [
                     _mm512_srli_epi16::<4>(words),
@@ -255,7 +271,8 @@ impl<'a> Filler<'a> {
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_by_words<C: Codes<Avx512>>(
         &mut self,
         simd: Avx512,
@@ -272,13 +289,13 @@ impl<'a> Filler<'a> {
         for index in 0..self.tiles * ROWS {
             let row = index.min(self.outputs.len() - 1);
             let bytes = &self.weight.codes()[(self.outputs.start + row) * row_bytes..];
+            self.prefetch_next_strip(simd, row, &terms);
             for group in 0..steps * 2 / C::PER_WORD {
                 let col = terms.start + group * group_terms;
                 let block = (col >> block_shift).min(blocks - 1);
                 // Columns behind the last are multiplied with zeros, by weights of the row's last block.
                 let lanes = if col + group_terms <= layout.cols { whole } else { scale_of_lane(blocks - 1 - block) };
-                // SAFETY: a vector lies behind every block's scale and shift, and this is compiled for the
-                // instructions of its callers.
+                // SAFETY: a vector lies behind every block's scale and shift.
                 let load =
                     |values: &[f32]| unsafe { simd.permute(simd.load(values[row * blocks + block..].as_ptr()), lanes) };
                 let scale = load(&self.scales);
@@ -287,18 +304,16 @@ impl<'a> Filler<'a> {
                 for step in 0..C::PER_WORD / 2 {
                     let pair = [0, 1].map(|i| simd.fma(codes.decode(simd, words, 2 * step + i), scale, shift));
                     let mut lines = Lines { panel, tiles: self.tiles, tile: index / ROWS, row: index % ROWS };
-                    // SAFETY: as above.
-                    let split = unsafe { split(pair[0], pair[1], parts) };
-                    for (part, w) in split.into_iter().take(parts).enumerate() {
-                        // SAFETY: as above.
-                        unsafe { lines.store(part, group * C::PER_WORD / 2 + step, w) };
+                    for (part, w) in split(pair[0], pair[1], parts).into_iter().take(parts).enumerate() {
+                        lines.store(part, group * C::PER_WORD / 2 + step, w);
                     }
                 }
             }
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_any<C: Codes<Avx512>>(
         &mut self,
         simd: Avx512,
@@ -314,7 +329,7 @@ impl<'a> Filler<'a> {
         decode_row(simd, codes, self.weight, row, terms.clone(), &mut self.block_scales, &mut buffer[..terms.len()]);
         let parts = self.numbers.w_parts();
         for (step, w) in buffer.chunks_exact(32).enumerate() {
-            // SAFETY: 32 numbers are two vectors, and this is compiled for the instructions of its callers.
+            // SAFETY: 32 numbers are two vectors.
             unsafe {
                 let split = split(_mm512_loadu_ps(w.as_ptr()), _mm512_loadu_ps(w.as_ptr().add(16)), parts);
                 for (part, w) in split.into_iter().take(parts).enumerate() {
@@ -325,7 +340,8 @@ impl<'a> Filler<'a> {
     }
 
     /// Rows of tiles are pairs of rows of the weight: `terms` are rows, outputs are columns.
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_pairs<C: Codes<Avx512>>(
         &mut self,
         simd: Avx512,
@@ -348,7 +364,7 @@ impl<'a> Filler<'a> {
             }
             let [even, odd] = &self.rows;
             for (tile, (even, odd)) in even.chunks_exact(ROWS).zip(odd.chunks_exact(ROWS)).enumerate() {
-                // SAFETY: sixteen numbers are a vector, and this is compiled for the instructions of its callers.
+                // SAFETY: sixteen numbers are a vector.
                 unsafe {
                     let split = split(_mm512_loadu_ps(even.as_ptr()), _mm512_loadu_ps(odd.as_ptr()), parts);
                     for (part, w) in split.into_iter().take(parts).enumerate() {
