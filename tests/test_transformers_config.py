@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "codebook": ({"codebook": [1.0]}, "codebook: got shape"),
     "name of a codebook": ({"codebook": "best"}, "codebook: got 'best', expected \"block-optimal\""),
     "codebook with a format": ({"format": "int8", "codebook": [0.0, 1.0]}, "format: got 'int8' with a codebook"),
-    "activation": ({"activation": "int4"}, "activation: got 'int4', expected \"none\" or \"int8\""),
+    "activation": ({"activation": "int4"}, 'activation: got \'int4\', expected "none" or "int8"'),
     "skips": ({"skip_modules": [1]}, r"skip_modules: got \[1\], expected names"),
     "override": ({"overrides": {"a": {"skip": True}}}, r"overrides\['a'\]: got {'skip': True}, expected a mapping of"),
     "value of an override": ({"overrides": {"a": {"block_size": 5}}}, r"overrides\['a'\]: block_size: got 5"),

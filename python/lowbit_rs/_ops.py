@@ -30,7 +30,8 @@ for _schema in (
     "-> Tensor[]",
     f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     f"embedding(Tensor input, {_WEIGHT}, ScalarType dtype) -> Tensor",
-    f'linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation="none") -> Tensor',
+    # No argument has a default: autograd of torch before 2.15 loses those that are equal to it.
+    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
     f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor",
     f"linear_grouped_grad_input(Tensor grad, Tensor counts, {_WEIGHT}) -> Tensor",
@@ -206,7 +207,7 @@ def _linear(
     block_size: int,
     block_order: str,
     double_quant: bool,
-    activation: str = "none",
+    activation: str,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     backend, view = borrow(weight, shape, (format, block_size, block_order, double_quant))
@@ -223,7 +224,7 @@ def _linear_fake(
     block_size: int,
     block_order: str,
     double_quant: bool,
-    activation: str = "none",
+    activation: str,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     return x.new_empty((*x.shape[:-1], shape[0]))
@@ -284,7 +285,7 @@ def _save_linear_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _backward_linear_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """``dx = dy W`` is linear in dy: its gradient is ``linear`` without a bias."""
     weight = list(ctx.saved_tensors)
-    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest)
+    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest, "none")
     return grad_grad, [None] * len(weight), *[None] * len(ctx.rest)
 
 

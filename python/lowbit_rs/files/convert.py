@@ -49,9 +49,8 @@ def quantize_file(
     """Quantizes the linear weights of a safetensors file or of a model directory into another.
 
     Which tensors these are, ``lowbit_rs.files.selection`` says. All other tensors are carried over bit for bit, and so
-    are the other files of a directory, but for the index of shards, which gets the new names, and config.json, where
-    ``quantization_config`` names this package, so that transformers finds it. How the weights are stored, the header of
-    each file says: see ``lowbit_rs.files.metadata``.
+    are the other files of a directory, but for the index of shards, which gets the new names, and config.json, which
+    names this package to transformers. How the weights are stored, the header of each file says (see ``metadata``).
 
     Tensors are read, packed and written one at a time: memory is that of the largest float weight and its packed form.
     ``destination`` is complete or absent at any time: it is written under a temporary name beside its place, flushed to
@@ -89,9 +88,8 @@ def quantize_file(
     bytes_after, stale = convert_checkpoint(
         checkpoint, paths[1], conversion, force=force, progress=progress, rewritten=rewritten
     )
-    converted = tuple(tensor.name for tensor in checkpoint.tensors() if tensor.name in selection.chosen)
-    copied = checkpoint.others_but(rewritten)
-    return Summary(converted, selection.skipped, copied, checkpoint.data_bytes, bytes_after, stale)
+    names, copied = selection.in_order(checkpoint), checkpoint.others_but(rewritten)
+    return Summary(names, selection.skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
 def dequantize_file(
