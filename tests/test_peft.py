@@ -155,7 +155,7 @@ def test_layer_with_permuted_columns_is_merged_in_their_order() -> None:
         sorted_columns.spec, (24, 64), torch.float32, sorted_columns.tensors() | {"permutation": order}
     )
     base = QuantLinear.from_packed(packed, layer.bias)
-    model: Any = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"]))  # type: ignore[arg-type]
+    model: Any = get_peft_model(nn.Sequential(base), LoraConfig(r=4, target_modules=["0"]))
     randomized(model)
     adapter = layers_of(model)["base_model.model.0"]
     kept = copy.deepcopy(base.packed)
