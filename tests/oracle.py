@@ -127,7 +127,8 @@ def weight_rounding(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 or packed.spec.bits == 8:
         return tiles
     largest = codebook_of(packed.spec, packed.codebook).values.abs().max()
-    return torch.maximum(tiles, per_weight(packed, scales(packed).double().abs()) * largest * (0.5 / 8191))
+    half_steps = per_weight(packed, scales(packed).double().abs()) * largest * (0.5 / 8191)
+    return torch.maximum(tiles, half_steps)
 
 
 def factor_rounding(packed: PackedWeight, x: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def factor_rounding(packed: PackedWeight, x: Tensor) -> Tensor:
 
     Beside that of weights, activations in 16 bits may be rounded to 14 bits of the largest of 16 neighbours.
     """
-    total = x.double().abs() @ weight_rounding(packed, x.dtype).T
+    total: Tensor = x.double().abs() @ weight_rounding(packed, x.dtype).T
     if x.dtype == torch.float32:
         return total
     padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 16))

@@ -55,13 +55,13 @@ def main() -> None:
         _native.force_isa(arguments.isa)
     threads, isa = torch.get_num_threads(), _native.isa()
     console.print(f"{threads} threads, {isa}, {bandwidth / 1e9:.1f} GB/s read from memory")
+    more = {"read_bandwidth_bytes_per_second": bandwidth, "threads": threads, "isa": isa}
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         measured = measure_shape(shape, arguments, console)
         rows += measured
         console.print(_table(measured, f"{shape[0]} x {shape[1]}: milliseconds, and times as fast as {BASELINE}"))
-    more = {"read_bandwidth_bytes_per_second": bandwidth, "threads": threads, "isa": isa}
-    console.print(f"wrote {save(arguments.name, rows, **more)}")
+        console.print(f"wrote {save(arguments.name, rows, **more)}")
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def measure_shape(shape: tuple[int, int], arguments: argparse.Namespace, console
         for rival, layer in layers.items()
         for tokens, x in inputs.items()
     }
-    rounds = 1 if arguments.quick else _ROUNDS
+    rounds = 1 if arguments.quick else arguments.rounds
     samples: dict[tuple[Rival, int], list[float]] = {key: [] for key in rows}
     for _ in range(rounds):
         for rival, layer in layers.items():
@@ -188,6 +188,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of activations, where a rival has no own")
     parser.add_argument("--repeats", type=int, default=30, help="calls for each figure")
+    parser.add_argument("--rounds", type=int, default=_ROUNDS, help="in which rivals take turns")
     parser.add_argument("--threads", type=int, help="by default as many as torch uses")
     parser.add_argument("--isa", help="instruction set that lowbit_rs is held to")
     parser.add_argument("--name", default="cpu_linear", help="of the file with the results")
