@@ -67,6 +67,18 @@ def test_generate_continues_a_text(directory: Path) -> None:
     assert result.stdout.endswith("\n")
 
 
+def test_generate_takes_what_quantize_wrote(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.save_pretrained(tmp_path / "float")
+    make_tokenizer().save_pretrained(tmp_path / "float")
+    assert run("quantize", tmp_path / "float", tmp_path / "packed", "--format", "uint4").exit_code == 0
+    result = run("generate", tmp_path / "packed", "--prompt", "w5 w6", "--max-new-tokens", 7)
+    assert result.exit_code == 0
+    lowbit_rs.quantize_model(model, "uint4", progress=False)
+    tokens = model.generate(torch.tensor([[5, 6]]), max_new_tokens=7, do_sample=False)[0, 2:]
+    assert words(result.stdout) == [f"w{index}" for index in tokens.tolist() if index > 1]
+
+
 def test_generate_answers_in_the_template_of_chats(chat_directory: Path) -> None:
     result = run("generate", chat_directory, "--prompt", "w5 w6", "--max-new-tokens", 7, "--dtype", "float32")
     assert words(result.stdout) == continuation(chat_directory, [2, 5, 6, 3], 7)
