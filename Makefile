@@ -20,7 +20,15 @@ uv_install := $(bin)/uv pip install --python $(python) --constraint constraints.
 cross_target := aarch64-unknown-linux-gnu
 has_cross_target = -d "$$(rustc --print sysroot)/lib/rustlib/$(cross_target)"
 benches = $(filter-out %/environment.py,$(shell grep -l "^if __name__" benches/python/*.py))
-rust_sources := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+rust_sources := Cargo.toml Cargo.lock $(shell find rust cuda -name '*.rs' -o -name Cargo.toml -o -path 'cuda/*' -type f)
+
+# The CUDA compiler has a folder of its own, since torch asks for other versions of what it is made of. Only Linux has one.
+# LOWBIT_CUDA=0 does without; LOWBIT_NVCC=PATH takes another.
+cuda_compiler := $(shell sed -n 's/.*"\(cuda-toolkit\[[^;"]*\);.*/\1/p' pyproject.toml)
+ifeq ($(shell uname -s)-$(LOWBIT_CUDA)-$(LOWBIT_NVCC),Linux--)
+export LOWBIT_NVCC := $(abspath $(VENV))/cuda/nvidia/cu13/bin/nvcc
+nvcc := $(VENV)/.nvcc
+endif
 
 # One interpreter for every build of the bindings, so that none invalidates another's.
 export PYO3_PYTHON := $(python)
@@ -36,7 +44,7 @@ demo: $(VENV)/.extension ## quantize a real language model, compare the formats,
 build: $(VENV)/.extension ## the virtual environment with lowbit_rs in it, nothing more
 
 .PHONY: wheel
-wheel: $(VENV)/.requirements ## a wheel for this machine in dist/
+wheel: $(VENV)/.requirements $(nvcc) ## a wheel for this machine in dist/
 	$(bin)/maturin build --release --out dist
 
 ##@ Check
@@ -45,8 +53,8 @@ wheel: $(VENV)/.requirements ## a wheel for this machine in dist/
 test: test-rust test-python ## every test
 
 .PHONY: test-rust
-test-rust: ## the tests of the core: neither Python nor torch
-	cargo test --locked --package lowbit_core
+test-rust: $(nvcc) ## the tests of the core: neither Python nor torch, nor a GPU
+	cargo test --locked --package lowbit_core --package lowbit_kernels --all-features
 
 .PHONY: test-python
 test-python: $(VENV)/.extension ## the tests of the Python package
@@ -56,9 +64,10 @@ test-python: $(VENV)/.extension ## the tests of the Python package
 lint: lint-rust lint-python ## formatting, clippy, ruff, mypy, stubs against the binary
 
 .PHONY: lint-rust
-lint-rust: $(VENV)/.requirements
+lint-rust: $(VENV)/.requirements $(nvcc)
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
+	cargo clippy --locked --package lowbit_core --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' cargo doc --locked --workspace --no-deps --document-private-items --quiet
 	@if [ $(has_cross_target) ]; then \
 	    set -x; cargo clippy --locked --package lowbit_core --target $(cross_target) -- -D warnings; \
@@ -121,7 +130,11 @@ $(VENV)/.requirements: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(uv_install) --requirement pyproject.toml --extra dev --extra demo
 	touch $@
 
-$(VENV)/.extension: $(rust_sources) $(VENV)/.requirements
+$(VENV)/.nvcc: pyproject.toml | $(VENV)/.requirements
+	$(bin)/uv pip install --quiet --python $(python) --target $(VENV)/cuda '$(cuda_compiler)'
+	touch $@
+
+$(VENV)/.extension: $(rust_sources) $(VENV)/.requirements $(nvcc)
 	VIRTUAL_ENV=$(abspath $(VENV)) $(bin)/maturin develop --release --uv
 	touch $@
 

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 from lowbit_rs import _native
 
+# Nothing is downloaded; without this, transformers asks its hub for files that a model directory could have.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=3000)

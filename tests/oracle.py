@@ -113,8 +113,8 @@ def half_step(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
-#: Relative error of a weight in tiles of 16-bit numbers (docs/cpu.md): rounded to bfloat16 beside activations in it, split
-#: in two parts beside float16.
+#: Relative error of a weight in tiles of 16-bit numbers (docs/cpu.md): rounded to bfloat16 beside activations in it,
+#: split in two parts beside float16.
 _TILE_ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-13}
 
 
@@ -144,4 +144,5 @@ def factor_rounding(packed: PackedWeight, x: Tensor) -> Tensor:
     magnitude = packed.dequantize(torch.float32).double().abs()
     if packed.shift is not None:
         magnitude += per_weight(packed, packed.shift.double().abs())
-    return total + (largest * 0.5 / 8192) @ magnitude.T
+    rounded: Tensor = (largest * 0.5 / 8192) @ magnitude.T
+    return total + rounded

@@ -71,7 +71,10 @@ def test_help_and_version() -> None:
         assert [name for name in main.commands if re.search(rf"^  {name} ", result.stdout, re.MULTILINE)] == [
             "quantize",
             "dequantize",
+            "convert",
             "inspect",
+            "generate",
+            "serve",
             "demo",
         ]
     assert "--double-quant" in run("quantize", "--help").stdout

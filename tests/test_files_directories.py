@@ -60,7 +60,8 @@ def model(tmp_path: Path) -> Path:
     return directory
 
 
-OTHERS = ("README.md", "config.json", "onnx/model.onnx", "tokenizer.model")
+#: But for config.json, in which a quantized directory names the method.
+OTHERS = ("README.md", "onnx/model.onnx", "tokenizer.model")
 
 
 def files_of(directory: Path) -> set[str]:
@@ -75,6 +76,10 @@ def test_sharded_directory(model: Path, tmp_path: Path) -> None:
     assert files_of(packed) == files_of(model)
     for name in OTHERS:
         assert (packed / name).read_bytes() == (model / name).read_bytes()
+    config = json.loads((packed / "config.json").read_text())
+    assert config.pop("quantization_config") == {"quant_method": "lowbit", "format_version": 1}
+    assert config == json.loads((model / "config.json").read_text())
+    assert inspect(packed).foreign_scheme is None
 
     stored = {shard: load_file(packed / shard) for shard in SHARDS}
     index = json.loads((packed / INDEX).read_text())
@@ -98,6 +103,7 @@ def test_sharded_directory(model: Path, tmp_path: Path) -> None:
 
     dequantize_file(packed, unpacked)
     assert files_of(unpacked) == files_of(model)
+    assert json.loads((unpacked / "config.json").read_text()) == json.loads((model / "config.json").read_text())
     again = json.loads((unpacked / INDEX).read_text())
     before = json.loads((model / INDEX).read_text())
     assert again["weight_map"] == before["weight_map"]
@@ -186,7 +192,8 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_config_may_hold_what_json_does_not(model: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
     quantize_file(model, tmp_path / "packed")
-    assert (tmp_path / "packed" / "config.json").read_text() == '{"time_step_limit": [0.0, Infinity]}'
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["time_step_limit"] == [0.0, float("inf")]
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN_DIRECTORIES.values(), ids=BROKEN_DIRECTORIES)
@@ -340,9 +347,9 @@ def test_failure_of_a_copied_file_or_rename_leaves_nothing(
 
     file = model / next(iter(SHARDS))
     for function, source in {
-        "lowbit_rs.files.convert.copy_file": model,
-        "lowbit_rs.files.convert.write_bytes": model,
-        "lowbit_rs.files.convert.sync_tree": model,
+        "lowbit_rs.files.pipeline.copy_file": model,
+        "lowbit_rs.files.pipeline.write_bytes": model,
+        "lowbit_rs.files.pipeline.sync_tree": model,
         "pathlib.Path.rename": model,
         "pathlib.Path.replace": file,
     }.items():

@@ -188,6 +188,18 @@ class TestConstruction:
             assert QuantLinear.from_packed(packed).packed == packed
             assert pickle.loads(pickle.dumps(QuantLinear.from_packed(packed))).packed == packed
 
+    def test_activation_goes_with_the_layer(self) -> None:
+        for layer in (
+            QuantLinear(64, 8, activation="int8"),
+            QuantLinear.from_linear(nn.Linear(64, 8), activation="int8"),
+            QuantLinear.from_packed(lowbit_rs.quantize(torch.randn(8, 64)), activation="int8"),
+        ):
+            for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.half()):
+                assert copied.activation == "int8"
+                assert "activation=int8" in repr(copied)
+        with pytest.raises(InvalidArgument, match="activation: got 'int4'"):
+            QuantLinear(64, 8, activation="int4")
+
     def test_to_linear_and_back(self, options: dict[str, Any]) -> None:
         layer = QuantLinear.from_linear(nn.Linear(75, 24), **options).eval()
         linear = layer.to_linear()

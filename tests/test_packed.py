@@ -212,6 +212,7 @@ def test_keys_of_files() -> None:
         "X.weight_scale_offset",
         "X.weight_shift",
         "X.weight_codebook",
+        "X.weight_permutation",
     ]
 
 

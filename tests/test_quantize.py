@@ -218,7 +218,6 @@ def test_errors_are_value_errors_too() -> None:
 
 
 def test_devices_without_kernels_are_named() -> None:
-    for device, kind in (("cuda:0", "CUDA"), ("mps", "mps")):
-        message = rf"device {device}: not supported: this build has no {kind} kernels; .*\.cpu\(\)"
-        with pytest.raises(Unsupported, match=message):
-            backend_of(torch.device(device))
+    message = r"device mps: not supported: this build has no mps kernels; .*\.cpu\(\)"
+    with pytest.raises(Unsupported, match=message):
+        backend_of(torch.device("mps"))

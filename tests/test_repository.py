@@ -18,14 +18,16 @@ CORE = ROOT / "rust" / "core" / "src"
 
 PYTHON_LAYERS = (
     {"_native"},
-    {"errors"},
+    {"errors", "_post_import"},
     {"codebooks", "packed"},
     {"_backends"},
     {"_ops"},
     {"functional"},
     {"nn"},
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
-    {"files", "integrations"},
+    {"files"},
+    {"integrations"},
+    {"compat"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -121,8 +123,8 @@ def test_python_imports_go_one_way(path: Path) -> None:
 
 def test_python_backends_do_not_see_each_other() -> None:
     backends = PACKAGE / "_backends"
-    names = {path.stem for path in backends.glob("*.py")} - {"__init__"}
-    assert "cpu" in names
+    names = {path.stem for path in backends.glob("*.py") if not path.stem.startswith("_")}
+    assert names == {"cpu", "cuda"}
     for name in names:
         text = (backends / f"{name}.py").read_text(encoding="utf-8")
         assert not [other for other in names - {name} if re.search(rf"import.*\b{other}\b", text)], name
@@ -192,8 +194,9 @@ def test_import_touches_neither_cuda_nor_optional_packages() -> None:
 
 
 def test_the_nf4_table_stands_in_no_source_file() -> None:
-    # Found by the digits of its second smallest value. It is computed; tests may quote it.
-    shipped = [path for path in sources(".rs", ".py", ".cu", ".cuh") if "tests" not in path.relative_to(ROOT).parts]
+    # Found by the digits of its second smallest value. It is computed; tests and benchmarks may quote it.
+    quoting = {"tests", "benches"}
+    shipped = [path for path in sources(".rs", ".py", ".cu", ".cuh") if not quoting & set(path.relative_to(ROOT).parts)]
     holders = [relative(path) for path in shipped if "0.69619" in path.read_text(encoding="utf-8").replace("_", "")]
     assert not holders
 
@@ -218,7 +221,8 @@ def rust_functions(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_files_are_short() -> None:
-    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources(".rs", ".py")}
+    files = sources(".rs", ".py", ".cu", ".cuh")
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {path: length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
 
 
@@ -230,7 +234,18 @@ def test_functions_are_short() -> None:
     assert found == LONG_FUNCTIONS
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+PAGES = (
+    "README.md",
+    "docs/architecture.md",
+    "docs/checkpoints.md",
+    "docs/from-bitsandbytes.md",
+    "docs/qlora.md",
+    "docs/transformers.md",
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # PEFT calls it
+@pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
@@ -239,6 +254,15 @@ def test_the_code_of_the_documentation_runs(name: str, tmp_path: Path, monkeypat
     namespace: dict[str, object] = {"__name__": "documentation"}
     for block in blocks:
         exec(compile(block, name, "exec"), namespace)  # noqa: S102  # the block is the thing under test
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=relative)
+def test_tests_that_the_documentation_names_exist(page: Path) -> None:
+    named = re.findall(r"`(?:(test_\w+\.py)(?:::)?)?(test_\w+)?(?:\[[^`]*\])?`", page.read_text(encoding="utf-8"))
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    for file, function in named:
+        texts = [sources[file]] if file else list(sources.values())
+        assert not function or any(f"def {function}(" in text for text in texts), (file, function)
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=relative)

@@ -1,4 +1,4 @@
-"""bitsandbytes' linear layers, made of a weight [N, K] and ready for inference on the CPU."""
+"""bitsandbytes' linear layers, made of a weight [N, K] and ready for inference on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ def bitsandbytes() -> Any:
 
 
 def four_bit(
-    weight: Tensor, quant_type: str, double_quant: bool = False, compute_dtype: torch.dtype | None = None
+    weight: Tensor,
+    quant_type: str,
+    double_quant: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> nn.Module:
     """Linear4bit with block size 64, computing in ``compute_dtype``, by default that of ``weight``.
 
     In evaluation mode, which its fused CPU kernel asks for.
     """
-    layer = bitsandbytes().nn.Linear4bit(
+    parts = bitsandbytes().nn
+    layer = parts.Linear4bit(
         weight.shape[1],
         weight.shape[0],
         bias=False,
         compute_dtype=compute_dtype or weight.dtype,
         compress_statistics=double_quant,
         quant_type=quant_type,
+        device="meta",
     )
-    return _load(layer, weight)
+    options = {"compress_statistics": double_quant, "quant_type": quant_type}
+    layer.weight = parts.Params4bit(weight.detach().to("cpu"), requires_grad=False, **options)
+    return layer.to(device).eval()  # type: ignore[no-any-return]  # moving a layer to its device quantizes it
 
 
 def eight_bit(weight: Tensor, threshold: float) -> nn.Module:

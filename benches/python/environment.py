@@ -18,8 +18,10 @@ RESULTS = REPOSITORY / "benches" / "results"
 #: Whose versions are recorded where they are installed: what is measured, what it is compared with, what both run on.
 _DISTRIBUTIONS = (
     "lowbit-rs",
+    "accelerate",
     "bitsandbytes",
     "numpy",
+    "peft",
     "safetensors",
     "torch",
     "transformers",

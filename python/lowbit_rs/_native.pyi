@@ -92,6 +92,30 @@ class WeightView:
     @property
     def cols(self) -> int: ...
 
+@final
+class CudaWeight:
+    """Addresses of the tensors of a packed [rows, cols] weight on a CUDA device, which the caller keeps alive."""
+
+    def __new__(
+        cls,
+        device: int,
+        spec: Spec,
+        rows: int,
+        cols: int,
+        codes: _Buffer,
+        scale: _Buffer,
+        scale_2: _Buffer | None = None,
+        scale_offset: _Buffer | None = None,
+        shift: _Buffer | None = None,
+        codebook: _Buffer | None = None,
+    ) -> CudaWeight: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+
 def quantize(
     source: int,
     dtype: str,
@@ -115,6 +139,37 @@ def linear(
 ) -> None: ...
 def linear_grad_input(
     weight: WeightView, grad: _Floats, tokens: int, grad_row_stride: int, out: _Floats, threads: int
+) -> None: ...
+
+CUDA_MAX_TOKENS: int
+"""The most tokens that cuda_linear takes."""
+
+def has_cuda_kernels() -> bool: ...
+def cuda_device(ordinal: int) -> tuple[int, int, int]: ...
+def cuda_quantize(
+    source: int,
+    dtype: str,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    codebook: _Buffer | None,
+    nonfinite: str,
+    out: CudaWeight,
+    status: _Buffer,
+    scales: _Buffer | None,
+    sums: _Buffer | None,
+    stream: int,
+) -> None: ...
+def cuda_dequantize(weight: CudaWeight, window: tuple[int, int, int, int], out: _Floats, stream: int) -> None: ...
+def cuda_dequantize_rows(weight: CudaWeight, rows: _Buffer, out: _Floats, stream: int) -> None: ...
+def cuda_linear(
+    weight: CudaWeight,
+    x: _Floats,
+    tokens: int,
+    x_row_stride: int,
+    bias: _Floats | None,
+    out: _Floats,
+    stream: int,
+    may_overlap: bool,
 ) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

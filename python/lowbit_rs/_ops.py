@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lowbit_rs._backends import Backend, backend_of
-from lowbit_rs._native import WeightView
 from lowbit_rs.errors import invalid
-from lowbit_rs.packed import Scheme, dtype_name, field_dtypes, make_spec, storage
+from lowbit_rs.packed import Scheme, dtype_name, field_dtypes, make_spec, matrix_of, storage
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -31,8 +30,11 @@ for _schema in (
     "-> Tensor[]",
     f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     f"embedding(Tensor input, {_WEIGHT}, ScalarType dtype) -> Tensor",
-    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation=\"none\") -> Tensor",
+    # No argument has a default: autograd of torch before 2.15 loses those that are equal to it.
+    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
+    f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor",
+    f"linear_grouped_grad_input(Tensor grad, Tensor counts, {_WEIGHT}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -55,7 +57,7 @@ def _fake(name: str) -> Callable[[_Function], _Function]:
     return register
 
 
-def borrow(weight: Sequence[Tensor], shape: Sequence[int], scheme: Scheme) -> tuple[Backend, WeightView]:
+def borrow(weight: Sequence[Tensor], shape: Sequence[int], scheme: Scheme) -> tuple[Backend[Any], Any]:
     """The backend of a weight and a view of its tensors, which the caller keeps alive."""
     stored = _scale_position(scheme)
     spec = make_spec(scheme) if stored is None else make_spec(scheme, dtype_name(weight[stored].dtype, "scale"))
@@ -205,7 +207,7 @@ def _linear(
     block_size: int,
     block_order: str,
     double_quant: bool,
-    activation: str = "none",
+    activation: str,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     backend, view = borrow(weight, shape, (format, block_size, block_order, double_quant))
@@ -222,7 +224,7 @@ def _linear_fake(
     block_size: int,
     block_order: str,
     double_quant: bool,
-    activation: str = "none",
+    activation: str,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     return x.new_empty((*x.shape[:-1], shape[0]))
@@ -283,7 +285,7 @@ def _save_linear_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _backward_linear_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """``dx = dy W`` is linear in dy: its gradient is ``linear`` without a bias."""
     weight = list(ctx.saved_tensors)
-    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest)
+    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest, "none")
     return grad_grad, [None] * len(weight), *[None] * len(ctx.rest)
 
 
@@ -291,3 +293,129 @@ torch.library.register_autograd("lowbit_rs::linear", _backward_linear, setup_con
 torch.library.register_autograd(
     "lowbit_rs::linear_grad_input", _backward_linear_grad_input, setup_context=_save_linear_grad_input, lib=_library
 )
+
+
+def _grouped(
+    multiply: Callable[[Backend[Any], Any, Tensor], Tensor],
+    rows: Tensor,
+    width: int,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: list[int],
+    scheme: Scheme,
+) -> Tensor:
+    """``rows`` [S, ...], sorted by matrix, times the matrices of a stack: [S, width].
+
+    ``counts`` [experts] says how many rows each matrix gets; the rows beyond become zero.
+    """
+    out = rows.new_zeros((rows.shape[0], width))
+    start = 0
+    for index, count in enumerate(counts.tolist()):
+        if count:
+            own = slice(start, start + count)
+            tensors, own_scheme = matrix_of(weight, scheme, index)
+            backend, view = borrow(tensors, shape[1:], own_scheme)
+            out[own] = multiply(backend, view, rows[own])
+            start += count
+    return out
+
+
+def _check_grouped(
+    argument: str, x: Tensor, width: int, counts: Tensor, weight: list[Tensor], shape: list[int]
+) -> None:
+    if len(shape) != 3:
+        raise invalid("weight", f"shape {list(shape)}", "a stack [experts, N, K]")
+    if x.dim() != 2:
+        raise invalid(argument, f"shape {list(x.shape)}", f"[rows, {width}]")
+    _check_rows(argument, x, width, weight)
+    if counts.dtype != torch.int64 or tuple(counts.shape) != (shape[0],):
+        raise invalid("counts", f"{counts.dtype} {list(counts.shape)}", f"torch.int64 [{shape[0]}]")
+
+
+@_implement("linear_grouped")
+def _linear_grouped(
+    x: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: list[int],
+    format: str,
+    block_size: int,
+    block_order: str,
+    double_quant: bool,
+) -> Tensor:
+    _check_grouped("x", x, shape[-1], counts, weight, shape)
+    scheme = (format, block_size, block_order, double_quant)
+    return _grouped(
+        lambda backend, view, rows: backend.linear(view, rows, None, "none"), x, shape[1], counts, weight, shape, scheme
+    )
+
+
+@_fake("linear_grouped")
+def _linear_grouped_fake(
+    x: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: list[int],
+    format: str,
+    block_size: int,
+    block_order: str,
+    double_quant: bool,
+) -> Tensor:
+    return x.new_empty((x.shape[0], shape[1]))
+
+
+@_implement("linear_grouped_grad_input")
+def _linear_grouped_grad_input(
+    grad: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: list[int],
+    format: str,
+    block_size: int,
+    block_order: str,
+    double_quant: bool,
+) -> Tensor:
+    _check_grouped("grad", grad, shape[1], counts, weight, shape)
+    scheme = (format, block_size, block_order, double_quant)
+    return _grouped(
+        lambda backend, view, rows: backend.linear_grad_input(view, rows), grad, shape[2], counts, weight, shape, scheme
+    )
+
+
+@_fake("linear_grouped_grad_input")
+def _linear_grouped_grad_input_fake(
+    grad: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: list[int],
+    format: str,
+    block_size: int,
+    block_order: str,
+    double_quant: bool,
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], shape[2]))
+
+
+def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, counts, weight, *ctx.rest = inputs
+    ctx.save_for_backward(counts, *weight)
+
+
+def _backward_grouped(other: str) -> Callable[..., tuple[Any, ...]]:
+    """The gradient of one of the two grouped products to its rows is the other one of the gradient."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        counts, *weight = ctx.saved_tensors
+        grad_rows = getattr(torch.ops.lowbit_rs, other).default(grad, counts, weight, *ctx.rest)
+        return grad_rows, None, [None] * len(weight), *[None] * len(ctx.rest)
+
+    return backward
+
+
+for _name, _other in (
+    ("linear_grouped", "linear_grouped_grad_input"),
+    ("linear_grouped_grad_input", "linear_grouped"),
+):
+    torch.library.register_autograd(
+        f"lowbit_rs::{_name}", _backward_grouped(_other), setup_context=_save_grouped, lib=_library
+    )

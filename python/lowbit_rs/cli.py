@@ -1,4 +1,4 @@
-"""The command ``lowbit``: quantize, inspect and dequantize files, and a demonstration.
+"""The command ``lowbit``: convert files, look into them, write text with models, and a demonstration.
 
 Exit codes: 0; 1 after an error, with one line on stderr; 2 where the command line cannot be understood; 130 after
 Ctrl-C and 143 after SIGTERM. In all cases an output is complete or absent.
@@ -217,6 +217,30 @@ def dequantize(source: Path, destination: Path, dtype: str | None, force: bool) 
 
 
 @main.command()
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["native", "bitsandbytes"]),
+    default="native",
+    show_default=True,
+    help="The layout of OUT: files of lowbit_rs, or, from these, bitsandbytes' (nf4, fp4 and int8).",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def convert(source: Path, destination: Path, to: str, force: bool) -> None:
+    """Rewrite a quantized model of another library.
+
+    IN is a model directory of bitsandbytes, GPTQ, AWQ or compressed-tensors, or a file of bitsandbytes. OUT becomes the
+    same with the same weights: they are not quantized anew.
+    """
+    from lowbit_rs.integrations.checkpoints import convert_file
+
+    with _progress_bar("convert") as progress:
+        summary = convert_file(source, destination, to, force=force, progress=progress)
+    _print_summary("converted", summary)
+
+
+@main.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(path: Path, as_json: bool) -> None:
@@ -231,6 +255,62 @@ def inspect(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(_as_dict(inspection), indent=2))
     else:
         _print_inspection(inspection)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--prompt", required=True, help="The question; a text to be continued with --raw.")
+@click.option("--raw", is_flag=True, help="Take the prompt as it is, even if the model has a template for chats.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Where to stop.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 always takes the likeliest token; above, tokens are drawn.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--dtype", type=click.Choice(("auto", *_DTYPES)), default="auto", show_default=True, help="Of activations."
+)
+def generate(model: str, prompt: str, raw: bool, **options: Any) -> None:
+    """Answer a prompt with a language model.
+
+    MODEL is a model directory or an id on the Hub, with its tokenizer. Text is printed as it is written. Needs the
+    extra: pip install 'lowbit-rs[transformers]'.
+    """
+    _require_transformers("generate")
+    from lowbit_rs.integrations.transformers.text import generate_text
+
+    generate_text(model, prompt, lambda text: click.echo(text, nl=False), chat=False if raw else None, **options)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--host", default="localhost", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen at.")
+@click.option("--device", default="auto", show_default=True, help="Where the model runs.")
+@click.option(
+    "--dtype", type=click.Choice(("auto", *_DTYPES)), default="auto", show_default=True, help="Of activations."
+)
+def serve(model: str, **options: Any) -> None:
+    """Serve a language model over HTTP, as OpenAI's API.
+
+    MODEL is a model directory or an id on the Hub, with its tokenizer. The server is that of transformers. Needs the
+    extra: pip install 'lowbit-rs[serve]'.
+    """
+    _require_transformers("serve")
+    from lowbit_rs.integrations.transformers.text import serve_model
+
+    serve_model(model, **options)
+
+
+def _require_transformers(command: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        extra = "serve" if command == "serve" else "transformers"
+        raise click.ClickException(f'lowbit {command}: transformers not installed: pip install "lowbit-rs[{extra}]"')
 
 
 @main.command(

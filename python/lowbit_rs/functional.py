@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit_rs import _ops
 from lowbit_rs._backends import backend_of
 from lowbit_rs.errors import invalid
-from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name, field_dtypes, make_spec
+from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name, field_dtypes, make_spec, unpermuted
 
 #: Values that codes stand for.
 CodebookLike = Tensor | np.ndarray[Any, Any] | Sequence[float]
@@ -31,9 +31,18 @@ def _raw(*keys: torch._C.DispatchKey) -> int:
     return raw
 
 
-#: Dispatch keys of an ordinary CPU tensor, and those that are always on for a thread. Any other key stands for someone
-#: who has to see the operator: a tracer, a functorch transform, a tensor subclass, a mode, a lazy negation, a device.
-_PLAIN_TENSOR = _raw(_KEY.CPU, _KEY.ADInplaceOrView, _KEY.AutogradCPU, _KEY.AutocastCPU)
+#: Dispatch keys of an ordinary tensor of the CPU or of CUDA, and those that are always on for a thread. Any other key
+#: stands for someone who has to see the operator: a tracer, a functorch transform, a tensor subclass, a mode, a lazy
+#: negation, another device.
+_PLAIN_TENSOR = _raw(
+    _KEY.CPU,
+    _KEY.CUDA,
+    _KEY.ADInplaceOrView,
+    _KEY.AutogradCPU,
+    _KEY.AutogradCUDA,
+    _KEY.AutocastCPU,
+    _KEY.AutocastCUDA,
+)
 _PLAIN_THREAD = _raw(_KEY.BackendSelect, _KEY.ADInplaceOrView)
 
 
@@ -53,7 +62,8 @@ def quantize(
 
     Each block of ``block_size`` consecutive weights of a row is stored as codes and a scale.
 
-    - ``tensor``: float32, float16 or bfloat16 on the CPU, of any strides; or a NumPy array, float32 or float16.
+    - ``tensor``: float32, float16 or bfloat16 on the CPU or a CUDA device, of any strides; or a NumPy array, float32 or
+      float16. The result lies on the same device.
     - ``format``: "nf4", "fp4", "int4", "uint4" (with a shift per block), "int8".
     - ``block_size``: a power of two from 16 to 4096, or "row" for one scale a row.
     - ``double_quant``: stores scales in 8 bits, with an fp32 scale for 256 of them (QLoRA, arXiv 2305.14314).
@@ -85,20 +95,20 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activ
     """``torch.nn.functional.linear`` with a packed weight: ``x @ W.T + bias``.
 
     ``x`` is [..., K] in float32, float16 or bfloat16, ``packed`` [N, K] and ``bias`` [N] in any of these dtypes; the
-    result is [..., N] in the dtype of x. Sums are fp32, with one rounding at the end; how exact their terms are, for which
-    dtype, docs/cpu.md says. The weight is decoded on the fly. Differentiable in x and bias. Under autocast x is cast as
-    F.linear casts it.
+    result is [..., N] in the dtype of x. Sums are fp32, with one rounding at the end; how exact their terms are, for
+    which dtype, docs/cpu.md says. The weight is decoded on the fly. Differentiable in x and bias. Under autocast x is
+    cast as F.linear casts it.
 
-    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for every 64 values of a row, or for a whole row
-    beside int8 weights with a scale a row; it is where that is faster. The relative error that it adds is about 0.7 %
-    of the result for normal x, and gradients are those without it.
+    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for every 64 values of a row, or for a whole
+    row beside int8 weights with a scale a row; it is where that is faster. The relative error that it adds is about
+    0.7 % of the result for normal x, and gradients are those without it. On CUDA it is not supported.
 
     Raises InvalidArgument for shapes, dtypes and devices that do not go together, Unsupported for a device without
-    kernels.
+    kernels, and for an activation that the device does not round.
     """
     _ops.check_activation(activation)
-    weight = list(packed.tensors().values())
-    return packed_linear(x, weight, packed.shape, packed.scheme, bias, activation=activation)
+    weight, permutation = packed.operands(), packed.permutation
+    return packed_linear(x, weight, packed.shape, packed.scheme, bias, permutation=permutation, activation=activation)
 
 
 def embedding(input: Tensor, packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,8 +117,8 @@ def embedding(input: Tensor, packed: PackedWeight, dtype: torch.dtype | None = N
     ``input`` holds int64 or int32 indices, in any shape. Only the rows that are asked for are decoded. Raises
     InvalidArgument for an index outside [0, N).
     """
-    weight = list(packed.tensors().values())
-    return packed_embedding(input, weight, packed.shape, packed.scheme, packed.dtype if dtype is None else dtype)
+    dtype = packed.dtype if dtype is None else dtype
+    return packed_embedding(input, packed.operands(), packed.shape, packed.scheme, dtype, packed.permutation)
 
 
 def packed_linear(
@@ -118,13 +128,19 @@ def packed_linear(
     scheme: Scheme,
     bias: Tensor | None,
     compute_dtype: torch.dtype | None = None,
+    permutation: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """:func:`linear` for a weight in parts: its tensors in the order of fields, its shape and its scheme.
+    """:func:`linear` for a weight in parts: its operands in the order of fields, its shape and its scheme.
 
-    With ``compute_dtype``, x is rounded to it, and the result comes back in the dtype that it has without.
+    With ``compute_dtype``, x is rounded to it, and the result comes back in the dtype that it has without. With
+    ``permutation``, that of the weight's columns, the columns of x are put into the same order: a copy of x.
     """
     x = _autocast(x)
+    if permutation is not None:
+        if x.dim() == 0 or x.shape[-1] != shape[-1]:
+            raise invalid("x", f"shape {list(x.shape)}", f"[..., {shape[-1]}]")
+        x = x.index_select(-1, permutation)
     if compute_dtype is not None and compute_dtype != x.dtype:
         return _linear(x.to(compute_dtype), weight, shape, scheme, bias, activation).to(x.dtype)
     return _linear(x, weight, shape, scheme, bias, activation)
@@ -148,17 +164,45 @@ def _linear(
     return backend.linear(view, x, bias, activation)
 
 
-def packed_embedding(
-    input: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Scheme, dtype: torch.dtype
+def packed_linear_grouped(
+    x: Tensor,
+    counts: Tensor,
+    weight: list[Tensor],
+    shape: Sequence[int],
+    scheme: Scheme,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`embedding` for a weight in parts: its tensors in the order of fields, its shape and its scheme."""
+    """Rows x [S, K], sorted by expert, times the matrices of a stack [experts, N, K]: [S, N] in the dtype of x.
+
+    ``counts``, int64 [experts], says how many rows each expert gets; rows beyond their sum become zero. Parts of the
+    weight, autocast and ``compute_dtype`` are as in :func:`packed_linear`.
+    """
+    x = _autocast(x)
+    multiply = torch.ops.lowbit_rs.linear_grouped.default
+    result: Tensor
+    if compute_dtype is not None and compute_dtype != x.dtype:
+        result = multiply(x.to(compute_dtype), counts, weight, list(shape), *scheme).to(x.dtype)
+    else:
+        result = multiply(x, counts, weight, list(shape), *scheme)
+    return result
+
+
+def packed_embedding(
+    input: Tensor,
+    weight: list[Tensor],
+    shape: Sequence[int],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    permutation: Tensor | None = None,
+) -> Tensor:
+    """:func:`embedding` for a weight in parts: its operands in the order of fields, its shape and its scheme."""
     if input.dtype not in (torch.int64, torch.int32):
         raise invalid("input", input.dtype, "torch.int64 or torch.int32")
     if len(shape) != 2:
         raise invalid("weight", f"shape {list(shape)}", "[N, K]: one matrix, not a stack of them")
     dtype_name(dtype)
-    result: Tensor = torch.ops.lowbit_rs.embedding.default(input, weight, list(shape), *scheme, dtype)
-    return result
+    rows: Tensor = torch.ops.lowbit_rs.embedding.default(input, weight, list(shape), *scheme, dtype)
+    return unpermuted(rows, permutation)
 
 
 def _unwatched(x: Tensor, bias: Tensor | None) -> bool:

@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit_rs import _native
 from lowbit_rs._native import Spec
-from lowbit_rs.errors import invalid
+from lowbit_rs.errors import invalid, unsupported
 
 BlockSize = int | Literal["row"]
 
-#: Tensors of a packed weight, in the order in which every function of this package takes them.
-FIELDS = ("data", "scale", "scale_2", "scale_offset", "shift", "codebook")
+#: Tensors of a packed weight. But for the permutation, which is for the columns of the product to undo, operators take
+#: them in this order.
+FIELDS = ("data", "scale", "scale_2", "scale_offset", "shift", "codebook", "permutation")
 
 #: Floating-point dtypes of weights, activations and stored scales, by the names that the native module uses.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,7 +64,7 @@ def scheme_of(spec: Spec) -> Scheme:
 
 @lru_cache(maxsize=1024)
 def field_dtypes(spec: Spec) -> dict[str, torch.dtype]:
-    """The tensors that a weight has under ``spec``, in the order of FIELDS, with their dtypes."""
+    """The tensors that operators take of a weight under ``spec``, in the order of FIELDS, with their dtypes."""
     scale_dtype = DTYPES[spec.scale_dtype]
     dtypes = {
         "data": torch.int8 if spec.bits == 8 else torch.uint8,
@@ -78,12 +80,12 @@ def field_dtypes(spec: Spec) -> dict[str, torch.dtype]:
 
 
 def storage(
-    spec: Spec, shape: Sequence[int], codebook_length: int | None = None
+    spec: Spec, shape: Sequence[int], codebook_length: int | None = None, permuted: bool = False
 ) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype of every tensor that a weight of ``shape`` ([N, K] or [experts, N, K]) has under ``spec``.
 
     Row-aligned codes and scales keep the leading dimensions of the weight; where blocks straddle rows they are 1-D.
-    ``codebook_length`` is the number of values of a custom codebook.
+    ``codebook_length`` is the number of values of a custom codebook, ``permuted`` whether columns are permuted.
     """
     *leading, cols = shape
     layout = spec.layout(math.prod(leading), cols)
@@ -100,7 +102,15 @@ def storage(
         "shift": scale,
         "codebook": torch.Size([codebook_length or 0]),
     }
-    return {name: (sizes[name], dtype) for name, dtype in field_dtypes(spec).items()}
+    stored = {name: (sizes[name], dtype) for name, dtype in field_dtypes(spec).items()}
+    return stored | {"permutation": (torch.Size([cols]), torch.int32)} if permuted else stored
+
+
+def unpermuted(columns: Tensor, permutation: Tensor | None) -> Tensor:
+    """The matrix whose column ``permutation[j]`` is column j of ``columns`` [..., K]; itself without a permutation."""
+    if permutation is None:
+        return columns
+    return torch.empty_like(columns).index_copy_(-1, permutation.long(), columns)
 
 
 def state_key(name: str, field_name: str) -> str:
@@ -117,7 +127,10 @@ class PackedWeight:
     - ``data``: the codes. uint8 [N, ceil(K / 2)] in 4 bits, the high nibble first, or int8 [N, K];
     - ``scale``: one a block, [N, ceil(K / block_size)] in ``spec.scale_dtype``, or uint8 codes of the dynamic map
       under double quantization, then with ``scale_2`` (float32, one for 256 scales) and ``scale_offset`` (float32 [1]);
-    - ``shift``: like ``scale``, of uint4 alone; ``codebook``: float32 [2..16], of custom formats alone.
+    - ``shift``: like ``scale``, of uint4 alone; ``codebook``: float32 [2..16], of custom formats alone;
+    - ``permutation``: int32 [K], where columns were sorted before they were cut into blocks (GPTQ's desc_act). Column j
+      of what the other tensors hold is then column ``permutation[j]`` of the weight; a product takes
+      ``x[..., permutation]``.
 
     With ``block_order="flat"`` and K no multiple of the block size, ``data``, ``scale`` and ``shift`` are 1-D.
     ``shape`` is that of the matrix and ``dtype`` that of its source, which :meth:`dequantize` gives back. The tensors
@@ -133,6 +146,7 @@ class PackedWeight:
     scale_offset: Tensor | None = None
     shift: Tensor | None = None
     codebook: Tensor | None = None
+    permutation: Tensor | None = None
     #: What the operators take beside the tensors; plain values, which tracing can read where it cannot read a Spec.
     scheme: Scheme = field(init=False)
 
@@ -162,6 +176,10 @@ class PackedWeight:
         parts = {name: getattr(self, name) for name in FIELDS}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
+    def operands(self) -> list[Tensor]:
+        """The tensors that operators take, in their order: all but the permutation."""
+        return [tensor for name, tensor in self.tensors().items() if name != "permutation"]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix [N, K] (or [experts, N, K]) in ``dtype``, by default that of the source.
 
@@ -171,9 +189,9 @@ class PackedWeight:
         dtype_name(dtype)
         # Through torch's registry: the op is defined in a layer above this one, and traceable.
         dequantized: Tensor = torch.ops.lowbit_rs.dequantize.default(
-            list(self.tensors().values()), list(self.shape), *self.scheme, dtype
+            self.operands(), list(self.shape), *self.scheme, dtype
         )
-        return dequantized
+        return unpermuted(dequantized, self.permutation)
 
     @property
     def device(self) -> torch.device:
@@ -190,6 +208,25 @@ class PackedWeight:
         """``nbytes`` in bits over the number of weights; 0 for an empty matrix."""
         count = self.shape.numel()
         return 8 * self.nbytes / count if count else 0.0
+
+    def __getitem__(self, index: int) -> PackedWeight:
+        """Matrix ``index`` of a stack [experts, N, K], as a weight [N, K].
+
+        It shares memory with the stack, but for double-quantized scales where those of a matrix are not a whole number
+        of 256: these are restored to float32, with the same values. Raises InvalidArgument for a single matrix and for
+        an index outside the stack, Unsupported where blocks run on from one matrix into the next.
+        """
+        if len(self.shape) != 3:
+            raise invalid("index", f"{index!r} of a weight {list(self.shape)}", "a stack [experts, N, K]")
+        if not isinstance(index, int) or not -self.shape[0] <= index < self.shape[0]:
+            raise invalid("index", repr(index), f"a matrix of {self.shape[0]}")
+        stack = self.tensors()
+        operands = [stack.pop(name) for name in field_dtypes(self.spec)]
+        tensors, scheme = matrix_of(operands, self.scheme, index % self.shape[0])
+        scale_dtype = self.spec.scale_dtype if scheme == self.scheme else "float32"
+        spec = make_spec(scheme, scale_dtype, self.spec.signed_absmax)
+        parts = dict(zip(field_dtypes(spec), tensors, strict=True))
+        return PackedWeight.from_tensors(spec, self.shape[1:], self.dtype, {**parts, **stack})
 
     def to(self, device: torch.device | str | int) -> PackedWeight:
         """This weight with its tensors on ``device``; itself where they are there already."""
@@ -218,6 +255,35 @@ class PackedWeight:
         return f"PackedWeight({describe(self.spec)}, shape={list(self.shape)}, {size}, {self.device})"
 
 
+def matrix_of(tensors: Sequence[Tensor], scheme: Scheme, index: int) -> tuple[list[Tensor], Scheme]:
+    """Matrix ``index`` of a stack [experts, N, K] in parts, and its scheme: see ``PackedWeight.__getitem__``."""
+    fields = field_dtypes(make_spec(scheme))
+    parts = dict(zip(fields, tensors, strict=True))
+    if parts["data"].dim() != 3:
+        raise unsupported(
+            "a matrix of a stack", "blocks run on from one matrix into the next; pack with block_order row"
+        )
+    own = {name: part[index] if name in ("data", "scale", "shift") else part for name, part in parts.items()}
+    if not scheme[3]:
+        return list(own.values()), scheme
+    count = own["scale"].numel()
+    if count % _SCALES_PER_SCALE_2 == 0:
+        groups = count // _SCALES_PER_SCALE_2
+        own["scale_2"] = parts["scale_2"][index * groups : (index + 1) * groups]
+        return list(own.values()), scheme
+    own["scale"] = _restore_scales(own["scale"], index * count, own.pop("scale_2"), own.pop("scale_offset"))
+    if "shift" in own:
+        own["shift"] = own["shift"].to(torch.float32)  # scale and shift have one dtype
+    return list(own.values()), (*scheme[:3], False)
+
+
+def _restore_scales(codes: Tensor, start: int, scale_2: Tensor, offset: Tensor) -> Tensor:
+    """float32 scales of double-quantized ``codes``, of which the first is number ``start`` of its weight."""
+    table = torch.tensor(_native.dynamic_map(), dtype=torch.float32, device=codes.device)
+    numbers = torch.arange(start, start + codes.numel(), device=codes.device).view(codes.shape)
+    return table[codes.long()] * scale_2[numbers // _SCALES_PER_SCALE_2] + offset
+
+
 def describe(spec: Spec) -> str:
     """A spec in the words of its options, leaving out what is at its default but for the scale's storage."""
     words = [spec.format, f"block_size={spec.block_size}"]
@@ -241,7 +307,7 @@ def format_bytes(count: int) -> str:
 
 def _check(spec: Spec, shape: torch.Size, tensors: dict[str, Tensor]) -> None:
     codebook = tensors.get("codebook")
-    expected = storage(spec, shape, None if codebook is None else codebook.numel())
+    expected = storage(spec, shape, None if codebook is None else codebook.numel(), "permutation" in tensors)
     for name in FIELDS:
         if (name in tensors) != (name in expected):
             got, wanted = ("a tensor", "None") if name in tensors else ("None", "a tensor")

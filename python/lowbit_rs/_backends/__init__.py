@@ -7,44 +7,52 @@ memory safety asks for, and returns new tensors; shapes of arguments that belong
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lowbit_rs._backends import cpu
-from lowbit_rs._native import Spec, WeightView
+from lowbit_rs._backends import cpu, cuda
+from lowbit_rs._native import Spec, has_cuda_kernels
 from lowbit_rs.errors import unsupported
 
+#: A device's view of a weight.
+View = TypeVar("View")
 
-class Backend(Protocol):
+
+class Backend(Protocol[View]):
     """What a device offers."""
 
-    def view(self, spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> WeightView:
+    def view(self, spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> View:
         """Borrowed pointers to the tensors of a weight, in the order of its fields; the caller keeps them alive."""
 
     def quantize(self, source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
         """The tensors of ``source`` [N, K] or [experts, N, K] (any strides) under ``spec``, in the order of fields."""
 
-    def dequantize(self, weight: WeightView, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, weight: View, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The whole weight."""
 
-    def embedding(self, weight: WeightView, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    def embedding(self, weight: View, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight: [*indices.shape, K]."""
 
-    def linear(self, weight: WeightView, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    def linear(self, weight: View, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """x [..., K] times the transposed weight, plus bias [N]: [..., N] in the dtype of x.
 
         ``activation`` is "none", or "int8" where x may be rounded to 8 bits.
         """
 
-    def linear_grad_input(self, weight: WeightView, grad: Tensor) -> Tensor:
+    def linear_grad_input(self, weight: View, grad: Tensor) -> Tensor:
         """grad [..., N] times the weight: [..., K] in the dtype of grad."""
 
 
-def backend_of(device: torch.device) -> Backend:
-    """The backend of ``device``; raises Unsupported where this build has none."""
+def backend_of(device: torch.device) -> Backend[Any]:
+    """The backend of ``device``; raises Unsupported where this build has none.
+
+    That a GPU and its driver are there shows when the backend is first used, by a CudaError where they are not.
+    """
     if device.type == "cpu":
         return cpu
+    if device.type == "cuda" and has_cuda_kernels():
+        return cuda
     kind = "CUDA" if device.type == "cuda" else device.type
     raise unsupported(f"device {device}", f"this build has no {kind} kernels; move the tensors to the CPU with .cpu()")

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from lowbit_rs.files.convert import Progress, Summary, dequantize_file, quantize_file
+from lowbit_rs.files.convert import dequantize_file, quantize_file
 from lowbit_rs.files.inspection import InspectedTensor, Inspection, inspect
+from lowbit_rs.files.pipeline import Progress, Summary
 from lowbit_rs.files.state import load_model, load_packed, save_packed
 
 __all__ = [

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from lowbit_rs.errors import invalid
 
 from .metadata import METADATA_KEY, QuantizedTensor, quantized_tensors
+from .model_config import QUANT_METHOD
 from .safetensors_format import Header, TensorInfo, brief
 from .safetensors_stream import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 _WEIGHTS = "model.safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -88,11 +89,15 @@ class Checkpoint:
         for shard in self.shards:
             yield from shard.header.tensors.values()
 
+    def others_but(self, files: Collection[Path]) -> tuple[Path, ...]:
+        """``others`` without ``files``."""
+        return tuple(file for file in self.others if file not in files)
+
     def foreign_scheme(self) -> str | None:
         """How another program quantized this checkpoint, in words, or ``None``."""
         quantization = self.config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if quantization and method != QUANT_METHOD:
             return f"{method or 'a method that is not named'}, as quantization_config in config.json says"
         for tensor in self.tensors():
             for scheme, pattern in _FOREIGN_KEYS:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from lowbit_rs.errors import InvalidArgument, invalid
-from lowbit_rs.packed import PackedWeight, dtype_name
+from lowbit_rs.packed import dtype_name
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .metadata import METADATA_KEY, QuantizedTensor, encode_metadata
-from .output import (
-    atomic_directory,
-    atomic_file,
-    check_apart,
-    check_destination,
-    copy_file,
-    leftovers,
-    sync_tree,
-    write_bytes,
-)
+from .model_config import NATIVE, rewritten_config
+from .output import check_apart, check_destination
+from .pipeline import Progress, Step, Summary, carry_over, convert_checkpoint, read_packed, write_packed
 from .recipe import Recipe
 from .safetensors_format import TensorInfo, brief, safetensors_dtype
 from .safetensors_stream import Buffer, SafetensorsReader, SafetensorsWriter
-from .selection import select
+from .selection import Selection, select
 
 if TYPE_CHECKING:
     import os
@@ -36,31 +28,6 @@ if TYPE_CHECKING:
 
     from lowbit_rs.functional import CodebookLike
     from lowbit_rs.packed import BlockSize
-
-Progress = Callable[[str, int, int], None]
-"""Called before each tensor with its name, the bytes of source done so far, and those of the whole source."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion did.
-
-    Attributes:
-        converted: names of the tensors that were quantized or dequantized.
-        skipped: why each other tensor was carried over as it is.
-        copied_files: files of a model directory that were carried over, relative to it.
-        bytes_before: bytes of all tensors of the source.
-        bytes_after: bytes of all tensors of the destination.
-        leftovers: partial outputs of other runs beside the destination. Where such a run was killed and is not still at
-            work, its output can be deleted.
-    """
-
-    converted: tuple[str, ...]
-    skipped: Mapping[str, str]
-    copied_files: tuple[Path, ...]
-    bytes_before: int
-    bytes_after: int
-    leftovers: tuple[Path, ...]
 
 
 def quantize_file(
@@ -82,8 +49,8 @@ def quantize_file(
     """Quantizes the linear weights of a safetensors file or of a model directory into another.
 
     Which tensors these are, ``lowbit_rs.files.selection`` says. All other tensors are carried over bit for bit, and so
-    are the other files of a directory, but for the index of shards, which gets the new names. How the weights are
-    stored, ``lowbit_rs.files.metadata`` says: in the header of each file, so config.json stays as it is.
+    are the other files of a directory, but for the index of shards, which gets the new names, and config.json, which
+    names this package to transformers. How the weights are stored, the header of each file says (see ``metadata``).
 
     Tensors are read, packed and written one at a time: memory is that of the largest float weight and its packed form.
     ``destination`` is complete or absent at any time: it is written under a temporary name beside its place, flushed to
@@ -115,14 +82,14 @@ def quantize_file(
     _refuse_quantized(checkpoint)
     check_apart(*paths)
     check_destination(paths[1], directory=checkpoint.is_directory, force=force)
-    selection = select(checkpoint, skip=skip, embeddings=embeddings)
-    if not selection.chosen:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(selection.skipped.values()).items())
-        raise invalid("source", f"{source}, with no tensor to quantize ({reasons or 'empty'})", "linear weights")
+    selection = _select(checkpoint, skip, embeddings)
     conversion = _Quantization(recipe, selection.chosen)
-    bytes_after, stale = _convert(checkpoint, paths[1], conversion, force=force, progress=progress)
-    converted = tuple(tensor.name for tensor in checkpoint.tensors() if tensor.name in selection.chosen)
-    return Summary(converted, selection.skipped, checkpoint.others, checkpoint.data_bytes, bytes_after, stale)
+    rewritten = rewritten_config(checkpoint.config, NATIVE)
+    bytes_after, stale = convert_checkpoint(
+        checkpoint, paths[1], conversion, force=force, progress=progress, rewritten=rewritten
+    )
+    names, copied = selection.in_order(checkpoint), checkpoint.others_but(rewritten)
+    return Summary(names, selection.skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
 def dequantize_file(
@@ -136,7 +103,8 @@ def dequantize_file(
     """Turns the quantized weights of a file or model directory back into float weights.
 
     Names, shapes and, unless ``dtype`` is given, dtypes are those before quantization. Everything else is carried over
-    bit for bit. Memory, atomicity and errors are those of ``quantize_file``.
+    bit for bit, but for ``quantization_config`` of config.json, which is left out. Memory, atomicity and errors are
+    those of ``quantize_file``.
 
     Args:
         source: what ``quantize_file`` wrote.
@@ -152,40 +120,17 @@ def dequantize_file(
     if not checkpoint.is_quantized:
         scheme = checkpoint.foreign_scheme()
         got = f"{paths[0]}, " + ("which is not quantized" if scheme is None else f"quantized by {scheme}")
-        raise invalid("source", got, "what lowbit quantize wrote")
+        raise invalid("source", got, "what lowbit quantize wrote; lowbit convert reads other libraries' weights")
     check_apart(*paths)
     check_destination(paths[1], directory=checkpoint.is_directory, force=force)
-    bytes_after, stale = _convert(checkpoint, paths[1], _Dequantization(dtype), force=force, progress=progress)
+    rewritten = rewritten_config(checkpoint.config, None)
+    bytes_after, stale = convert_checkpoint(
+        checkpoint, paths[1], _Dequantization(dtype), force=force, progress=progress, rewritten=rewritten
+    )
     converted = tuple(name for shard in checkpoint.shards for name in shard.quantized)
     skipped = {tensor.name: "not quantized" for shard in checkpoint.shards for tensor in shard.plain_tensors()}
-    return Summary(converted, skipped, checkpoint.others, checkpoint.data_bytes, bytes_after, stale)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The tensors of a new file that come of one tensor of the old one."""
-
-    name: str
-    source_bytes: int
-    outputs: tuple[TensorInfo, ...]
-    run: Callable[[SafetensorsWriter], None]
-
-
-class _Conversion(Protocol):
-    """What happens to the tensors of a file."""
-
-    def steps(self, shard: Shard, reader: SafetensorsReader, buffer: Buffer) -> list[_Step]:
-        """One step for each tensor, or for each quantized weight with all its parts."""
-
-    def metadata(self, shard: Shard) -> Mapping[str, str] | None:
-        """The metadata of the new file."""
-
-
-def _carry_over(tensor: TensorInfo, reader: SafetensorsReader) -> _Step:
-    def run(writer: SafetensorsWriter) -> None:
-        writer.write_chunks(tensor.name, reader.chunks(tensor.name))
-
-    return _Step(tensor.name, tensor.nbytes, (tensor,), run)
+    copied = checkpoint.others_but(rewritten)
+    return Summary(converted, skipped, copied, checkpoint.data_bytes, bytes_after, stale)
 
 
 @dataclass(frozen=True)
@@ -193,9 +138,9 @@ class _Quantization:
     recipe: Recipe
     chosen: frozenset[str]
 
-    def steps(self, shard: Shard, reader: SafetensorsReader, buffer: Buffer) -> list[_Step]:
+    def steps(self, shard: Shard, reader: SafetensorsReader, buffer: Buffer) -> list[Step]:
         return [
-            self._quantize(tensor, reader, buffer) if tensor.name in self.chosen else _carry_over(tensor, reader)
+            self._quantize(tensor, reader, buffer) if tensor.name in self.chosen else carry_over(tensor, reader)
             for tensor in shard.header.tensors.values()
         ]
 
@@ -203,7 +148,7 @@ class _Quantization:
         chosen = [tensor for tensor in shard.header.tensors.values() if tensor.name in self.chosen]
         return encode_metadata(shard.header.metadata, map(self.recipe.describe, chosen))
 
-    def _quantize(self, tensor: TensorInfo, reader: SafetensorsReader, buffer: Buffer) -> _Step:
+    def _quantize(self, tensor: TensorInfo, reader: SafetensorsReader, buffer: Buffer) -> Step:
         described = self.recipe.describe(tensor)
 
         def run(writer: SafetensorsWriter) -> None:
@@ -213,106 +158,45 @@ class _Quantization:
                 raise InvalidArgument(f"{reader.path}: tensor {brief(tensor.name)}: {error}") from error
             write_packed(writer, described, packed)
 
-        return _Step(tensor.name, tensor.nbytes, tuple(described.parts().values()), run)
+        return Step(tensor.name, tensor.nbytes, tuple(described.parts().values()), run)
 
 
 @dataclass(frozen=True)
 class _Dequantization:
     dtype: torch.dtype | None
 
-    def steps(self, shard: Shard, reader: SafetensorsReader, buffer: Buffer) -> list[_Step]:  # noqa: ARG002
+    def steps(self, shard: Shard, reader: SafetensorsReader, buffer: Buffer) -> list[Step]:  # noqa: ARG002
         quantized = [self._dequantize(tensor, reader) for tensor in shard.quantized.values()]
-        return quantized + [_carry_over(tensor, reader) for tensor in shard.plain_tensors()]
+        return quantized + [carry_over(tensor, reader) for tensor in shard.plain_tensors()]
 
     def metadata(self, shard: Shard) -> Mapping[str, str] | None:
         rest = {key: text for key, text in (shard.header.metadata or {}).items() if key != METADATA_KEY}
         return rest or None
 
-    def _dequantize(self, tensor: QuantizedTensor, reader: SafetensorsReader) -> _Step:
+    def _dequantize(self, tensor: QuantizedTensor, reader: SafetensorsReader) -> Step:
         output = TensorInfo(tensor.name, safetensors_dtype(self.dtype or tensor.dtype), tuple(tensor.shape))
 
         def run(writer: SafetensorsWriter) -> None:
             writer.write(tensor.name, read_packed(reader, tensor).dequantize(self.dtype))
 
-        return _Step(tensor.name, tensor.packed_bytes, (output,), run)
+        return Step(tensor.name, tensor.packed_bytes, (output,), run)
 
 
-def write_packed(writer: SafetensorsWriter, tensor: QuantizedTensor, packed: PackedWeight) -> None:
-    """Writes the parts of a weight."""
-    parts = tensor.parts()
-    for part, data in packed.tensors().items():
-        writer.write(parts[part].name, data)
-
-
-def read_packed(reader: SafetensorsReader, tensor: QuantizedTensor) -> PackedWeight:
-    """Reads the parts of a weight, each into memory of its own."""
-    parts = {part: reader.read(info.name) for part, info in tensor.parts().items()}
-    return PackedWeight.from_tensors(tensor.spec, tensor.shape, tensor.dtype, parts)
+def _select(checkpoint: Checkpoint, skip: Iterable[str], embeddings: bool) -> Selection:
+    """``select``, with an error where nothing is chosen."""
+    selection = select(checkpoint, skip=skip, embeddings=embeddings)
+    if not selection.chosen:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(selection.skipped.values()).items())
+        got = f"{checkpoint.path}, with no tensor to quantize ({reasons or 'empty'})"
+        raise invalid("source", got, "linear weights")
+    return selection
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     scheme = "lowbit_rs, as its header says" if checkpoint.is_quantized else checkpoint.foreign_scheme()
     if scheme is not None:
-        raise invalid("source", f"{checkpoint.path}, quantized by {scheme}", "a checkpoint with float weights")
-
-
-def _convert(
-    checkpoint: Checkpoint, destination: Path, conversion: _Conversion, *, force: bool, progress: Progress | None
-) -> tuple[int, tuple[Path, ...]]:
-    """Writes the converted checkpoint; gives the bytes of its tensors and the leftovers of other runs."""
-    stale = tuple(leftovers(destination))
-    report = _Reporter(checkpoint.data_bytes, progress)
-    buffer = Buffer()
-    if not checkpoint.is_directory:
-        with atomic_file(destination, force=force) as partial:
-            outputs = _convert_shard(checkpoint.shards[0], partial, conversion, buffer, report)
-        return sum(tensor.nbytes for tensor in outputs), stale
-    with atomic_directory(destination, force=force) as partial:
-        weight_map: dict[str, str] = {}
-        total_bytes = 0
-        for shard in checkpoint.shards:
-            outputs = _convert_shard(shard, partial / shard.path.name, conversion, buffer, report)
-            weight_map |= {tensor.name: shard.path.name for tensor in outputs}
-            total_bytes += sum(tensor.nbytes for tensor in outputs)
-        for file in checkpoint.others:
-            copy_file(checkpoint.path / file, partial / file)
-        if checkpoint.index is not None:
-            _write_index(checkpoint.index, partial, weight_map, total_bytes)
-        sync_tree(partial)
-    return total_bytes, stale
-
-
-class _Reporter:
-    """Adds up what has been done, for the caller's progress bar."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def begin(self, step: _Step) -> None:
-        if self._progress is not None:
-            self._progress(step.name, self._done, self._total)
-        self._done += step.source_bytes
-
-
-def _convert_shard(
-    shard: Shard, path: Path, conversion: _Conversion, buffer: Buffer, report: _Reporter
-) -> list[TensorInfo]:
-    """Writes one converted file; gives its tensors."""
-    with SafetensorsReader(shard.path) as reader:
-        steps = conversion.steps(shard, reader, buffer)
-        outputs = [tensor for step in steps for tensor in step.outputs]
-        with SafetensorsWriter(path, outputs, conversion.metadata(shard)) as writer:
-            for step in steps:
-                report.begin(step)
-                step.run(writer)
-    return outputs
-
-
-def _write_index(
-    index: tuple[Path, dict[str, Any]], directory: Path, weight_map: dict[str, str], total_bytes: int
-) -> None:
-    """The index of the source with the new names and the new size."""
-    path, content = index
-    metadata = {**content.get("metadata", {}), "total_size": total_bytes}
-    new = {**content, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    write_bytes(directory / path.name, (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode())
+        raise invalid(
+            "source",
+            f"{checkpoint.path}, quantized by {scheme}",
+            "a checkpoint with float weights; lowbit convert takes quantized ones",
+        )

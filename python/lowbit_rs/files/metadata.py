@@ -1,15 +1,16 @@
 """How a quantized weight stands in a safetensors file.
 
 The weight called ``X.weight`` is stored under the names that ``QuantLinear`` gives its parameters: ``X.weight`` holds
-the codes, ``X.weight_scale``, ``X.weight_scale_2``, ``X.weight_scale_offset``, ``X.weight_shift`` and
-``X.weight_codebook`` the parts that its format has. What cannot be told from these tensors stands in the header, so
-that a reader needs no other file: ``__metadata__`` maps ``lowbit`` to the JSON text
+the codes, ``X.weight_scale``, ``X.weight_scale_2``, ``X.weight_scale_offset``, ``X.weight_shift``,
+``X.weight_codebook`` and ``X.weight_permutation`` the parts that it has. What cannot be told from these tensors stands
+in the header, so that a reader needs no other file: ``__metadata__`` maps ``lowbit`` to the JSON text
 
     {"format_version": 1, "tensors": {"X.weight": {"format": "nf4", "block_size": 64, "block_order": "row",
      "scale_dtype": "float32", "double_quant": true, "signed_absmax": false, "shape": [N, K], "dtype": "bfloat16"}}}
 
-where ``shape`` and ``dtype`` are those of the float weight. It is per file: in a sharded model each shard describes its
-own tensors, and the parts of a weight lie in one shard.
+where ``shape`` and ``dtype`` are those of the float weight, and where a permutation of its columns adds
+``"permuted": true``. It is per file: in a sharded model each shard describes its own tensors, and the parts of a weight
+lie in one shard. A shard may describe tensors of other shards as well, as those that transformers writes do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from lowbit_rs._native import Spec
 from lowbit_rs.errors import InvalidArgument, invalid
-from lowbit_rs.packed import DTYPES, dtype_name, state_key, storage
+from lowbit_rs.packed import DTYPES, FIELDS, PackedWeight, dtype_name, state_key, storage
 
 from .safetensors_format import Header, TensorInfo, brief, is_size, parse_json, safetensors_dtype
 
@@ -55,6 +56,7 @@ class QuantizedTensor:
         shape: [N, K] or [experts, N, K], that of the float weight.
         dtype: torch.float32, float16 or bfloat16, that of the float weight.
         codebook_length: number of values in the table of a custom format, ``None`` for the others.
+        permuted: whether columns are permuted.
     """
 
     name: str
@@ -62,11 +64,19 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     codebook_length: int | None = None
+    permuted: bool = False
+
+    @classmethod
+    def of(cls, name: str, packed: PackedWeight) -> QuantizedTensor:
+        """What a packed weight is in a file, under ``name``."""
+        length = None if packed.codebook is None else packed.codebook.numel()
+        return cls(name, packed.spec, packed.shape, packed.dtype, length, packed.permutation is not None)
 
     def parts(self) -> dict[str, TensorInfo]:
         """The tensors that hold the weight, keyed as ``PackedWeight.tensors``."""
         parts = {}
-        for part, (shape, dtype) in storage(self.spec, self.shape, self.codebook_length).items():
+        sizes = storage(self.spec, self.shape, self.codebook_length, self.permuted)
+        for part, (shape, dtype) in sizes.items():
             parts[part] = TensorInfo(state_key(self.name, part), safetensors_dtype(dtype), tuple(shape))
         return parts
 
@@ -92,6 +102,7 @@ def encode_metadata(source: Mapping[str, str] | None, tensors: Iterable[Quantize
             **{field: getattr(tensor.spec, field) for field in _SPEC_FIELDS},
             "shape": list(tensor.shape),
             "dtype": dtype_name(tensor.dtype),
+            **({"permuted": True} if tensor.permuted else {}),
         }
         for tensor in tensors
     }
@@ -101,6 +112,8 @@ def encode_metadata(source: Mapping[str, str] | None, tensors: Iterable[Quantize
 
 def quantized_tensors(path: Path, header: Header) -> dict[str, QuantizedTensor]:
     """The quantized weights of a file by name, each checked against the tensors that it consists of; none if plain.
+
+    Weights that are described, but of which the file has no tensor, are those of another shard.
 
     Raises:
         InvalidArgument: naming the file and the tensor where the metadata are malformed or do not fit the tensors.
@@ -121,6 +134,8 @@ def quantized_tensors(path: Path, header: Header) -> dict[str, QuantizedTensor]:
     owners: dict[str, str] = {}
     result = {}
     for name, value in content["tensors"].items():
+        if not any(state_key(name, part) in header.tensors for part in FIELDS):
+            continue
         tensor = _parse_tensor(f"{where}: tensor {brief(name)}", name, value, header)
         for part in tensor.parts().values():
             if owners.setdefault(part.name, name) != name:
@@ -132,16 +147,18 @@ def quantized_tensors(path: Path, header: Header) -> dict[str, QuantizedTensor]:
 def _parse_tensor(where: str, name: str, value: object, header: Header) -> QuantizedTensor:
     if not isinstance(value, dict) or not value.keys() >= set(_FIELDS):
         raise invalid(where, brief(value), "an object with " + ", ".join(_FIELDS))
-    shape, dtype = value["shape"], value["dtype"]
+    shape, dtype, permuted = value["shape"], value["dtype"], value.get("permuted", False)
     if not isinstance(shape, list) or len(shape) not in (2, 3) or not all(is_size(size) for size in shape):
         raise invalid(f"{where}: shape", brief(shape), "two or three sizes")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise invalid(f"{where}: dtype", brief(dtype), '"float32", "float16" or "bfloat16"')
+    if not isinstance(permuted, bool):
+        raise invalid(f"{where}: permuted", brief(permuted), "true or false")
     codebook = header.tensors.get(state_key(name, "codebook"))
     codebook_length = codebook.shape[0] if codebook is not None and len(codebook.shape) == 1 else None
     try:
         spec = _parse_spec(value)
-        tensor = QuantizedTensor(name, spec, torch.Size(shape), DTYPES[dtype], codebook_length)
+        tensor = QuantizedTensor(name, spec, torch.Size(shape), DTYPES[dtype], codebook_length, permuted)
         parts = tensor.parts()
     except (InvalidArgument, OverflowError) as error:
         raise InvalidArgument(f"{where}: {error}") from None

@@ -40,6 +40,7 @@ class Recipe:
     nonfinite: str
     scale_dtype: torch.dtype | None
     signed_absmax: bool
+    block_order: str = "row"
 
     def __post_init__(self) -> None:
         if isinstance(self.codebook, str) and self.codebook not in (BLOCK_OPTIMAL, FIT):
@@ -56,7 +57,7 @@ class Recipe:
     def spec(self) -> Spec:
         """The format that every quantized tensor gets."""
         format = resolve_format(self.format, self.codebook)
-        scheme = make_scheme(format, self.block_size, "row", self.double_quant)
+        scheme = make_scheme(format, self.block_size, self.block_order, self.double_quant)
         scale_dtype = "float32" if self.scale_dtype is None else dtype_name(self.scale_dtype, "scale_dtype")
         return make_spec(scheme, scale_dtype, self.signed_absmax)
 
@@ -70,13 +71,17 @@ class Recipe:
         assert not isinstance(self.codebook, str)
         return as_codebook(self.codebook)
 
+    @property
+    def codebook_length(self) -> int | None:
+        """Number of values in the table of a custom format, ``None`` for the others."""
+        if self.spec.format != "custom":
+            return None
+        return 1 << self.spec.bits if self.table is None else self.table.numel()
+
     def describe(self, tensor: TensorInfo) -> QuantizedTensor:
         """What the tensor will be, known before its data is read."""
-        length = None
-        if self.spec.format == "custom":
-            length = 1 << self.spec.bits if self.table is None else self.table.numel()
-        shape = torch.Size(tensor.shape)
-        return QuantizedTensor(tensor.name, self.spec, shape, torch_dtype(tensor.dtype), length)
+        shape, dtype = torch.Size(tensor.shape), torch_dtype(tensor.dtype)
+        return QuantizedTensor(tensor.name, self.spec, shape, dtype, self.codebook_length)
 
     def pack(self, tensor: torch.Tensor) -> PackedWeight:
         """The tensor, quantized."""
@@ -89,6 +94,7 @@ class Recipe:
             table,
             self.nonfinite,
             scale_dtype=self.scale_dtype,
+            block_order=self.block_order,
             signed_absmax=self.signed_absmax,
         )
 

@@ -57,6 +57,10 @@ class Selection:
     chosen: frozenset[str]
     skipped: Mapping[str, str]
 
+    def in_order(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """``chosen`` in the order of the files."""
+        return tuple(tensor.name for tensor in checkpoint.tensors() if tensor.name in self.chosen)
+
 
 def select(checkpoint: Checkpoint, *, skip: Iterable[str], embeddings: bool) -> Selection:
     """Chooses the tensors to quantize by the rules of this module."""

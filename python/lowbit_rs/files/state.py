@@ -13,9 +13,9 @@ from lowbit_rs.nn.model import replace_module
 from lowbit_rs.packed import PackedWeight, state_key
 
 from .checkpoint import open_checkpoint
-from .convert import read_packed, write_packed
 from .metadata import QuantizedTensor, encode_metadata
 from .output import atomic_file, check_destination
+from .pipeline import read_packed, write_packed
 from .safetensors_format import TensorInfo, brief, safetensors_dtype
 from .safetensors_stream import SafetensorsReader, SafetensorsWriter
 
@@ -52,15 +52,7 @@ def save_packed(
     destination = Path(path)
     check_destination(destination, directory=False, force=force)
     described = {
-        name: QuantizedTensor(
-            name,
-            weight.spec,
-            weight.shape,
-            weight.dtype,
-            None if weight.codebook is None else weight.codebook.numel(),
-        )
-        for name, weight in tensors.items()
-        if isinstance(weight, PackedWeight)
+        name: QuantizedTensor.of(name, weight) for name, weight in tensors.items() if isinstance(weight, PackedWeight)
     }
     infos = [part for tensor in described.values() for part in tensor.parts().values()]
     for name, tensor in tensors.items():
@@ -92,7 +84,13 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], *, strict: bool =
             have been changed in part by then.
         Unsupported: where the model holds a quantized weight in something else than such a layer.
     """
-    loaded = load_packed(path)
+    load_weights(model, load_packed(path), str(path), strict=strict)
+
+
+def load_weights(
+    model: nn.Module, loaded: Mapping[str, PackedWeight | Tensor], where: str, *, strict: bool = True
+) -> None:
+    """``load_model`` for weights in memory; ``where`` they come from stands in messages."""
     ties = _ties(model)
     state: dict[str, Tensor] = {}
     for name, weight in loaded.items():
@@ -105,11 +103,11 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], *, strict: bool =
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=on_meta)
     except RuntimeError as error:
-        raise InvalidArgument(f"{path}: {error}") from error
+        raise InvalidArgument(f"{where}: {error}") from error
     missing = [name for name in missing if not _tie(model, name, ties, state)]
     if strict and (missing or unexpected):
         got = f"the names {brief(unexpected)} and not {brief(missing)}"
-        raise invalid(str(path), got, "the names of the model's parameters")
+        raise invalid(where, got, "the names of the model's parameters")
 
 
 def _place(model: nn.Module, name: str, weight: PackedWeight) -> None:

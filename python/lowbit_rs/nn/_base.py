@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from lowbit_rs.packed import (
 #: Key under which a module's entry in the metadata of a state_dict says how its weight is packed.
 _METADATA_KEY = "lowbit"
 
+_PERMUTATION = state_key("weight", "permutation")
+
 _STRADDLING = (
     'a weight in block_order="flat" whose rows are no whole number of blocks is multiplied several times slower; '
     "pack it again in the default block order, or with a block size that divides in_features"
@@ -39,7 +41,8 @@ class PackedModule(nn.Module):
     """A module with a packed matrix, held in frozen Parameters.
 
     They are ``weight`` (the codes), ``weight_scale``, and where the format has them ``weight_scale_2``,
-    ``weight_scale_offset``, ``weight_shift`` and ``weight_codebook``: the fields of PackedWeight.
+    ``weight_scale_offset``, ``weight_shift``, ``weight_codebook`` and ``weight_permutation``: the fields of
+    PackedWeight.
 
     ``dtype`` is that of :meth:`dequantize`; it follows ``.half()`` and ``.to(dtype)``, which leave the packed
     parameters as they are.
@@ -52,6 +55,7 @@ class PackedModule(nn.Module):
     weight_scale_offset: Tensor | None
     weight_shift: Tensor | None
     weight_codebook: Tensor | None
+    weight_permutation: Tensor | None
 
     def _hold(self, packed: PackedWeight) -> None:
         """Makes ``packed`` the weight; parameters share its tensors."""
@@ -68,6 +72,7 @@ class PackedModule(nn.Module):
             self.register_parameter(state_key("weight", field), parameter)
         self._fields = tuple(tensors)
         self._keys = tuple(state_key("weight", field) for field in tensors)
+        self._operand_keys = tuple(key for key in self._keys if key != _PERMUTATION)
 
     @property
     def spec(self) -> Spec:
@@ -77,6 +82,11 @@ class PackedModule(nn.Module):
         if source is None:
             return self._spec
         return make_spec(self._scheme, dtype_name(source.dtype), self._spec.signed_absmax)
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The codes, by the name at which PEFT knows a weight to be read through ``dequantize()``."""
+        return self.weight
 
     @property
     def packed(self) -> PackedWeight:
@@ -89,30 +99,21 @@ class PackedModule(nn.Module):
         return self.packed.dequantize(dtype)
 
     def reset_parameters(self) -> None:
-        """Sets every weight to zero. A codebook stays as it is."""
+        """Sets every weight to zero. A codebook and a permutation stay as they are."""
         for field, key in zip(self._fields, self._keys, strict=True):
-            if field != "codebook":
+            if field not in ("codebook", "permutation"):
                 getattr(self, key).zero_()
 
     def _tensors(self) -> list[Tensor]:
         """The parameters of the weight in the order of fields: what operators take."""
         parameters = self._parameters  # not through __getattr__, which costs as much as a small product
-        return [parameters[key] for key in self._keys]  # type: ignore[misc]  # the keys of those that are there
+        return [parameters[key] for key in self._operand_keys]  # type: ignore[misc]  # the keys of those that are there
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the packed parameters where ``fn`` moves tensors, but never changes their dtype."""
-        packed = {id(getattr(self, key)) for key in self._keys}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in packed and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        cast = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if cast in DTYPES.values():
-            self.dtype = cast
+        cast = cast_of(fn, self.dtype, self.weight.device)
+        super()._apply(keeping_dtypes(fn, self._tensors()), recurse)  # type: ignore[no-untyped-call]
+        self.dtype = cast
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -155,9 +156,15 @@ class PackedModule(nn.Module):
         if list(weight.shape) != self._shape or beside:
             got = f"a {weight.dtype} weight {list(weight.shape)}" + (f" beside {beside[0]}" if beside else "")
             raise LowbitError(f"got {got}, expected a float weight {self._shape} alone, or a packed one")
+        packed = self.pack_like(weight)
+        return {prefix + state_key("weight", field): tensor for field, tensor in packed.tensors().items()}
+
+    def pack_like(self, weight: Tensor) -> PackedWeight:
+        """A float matrix of this module's shape, packed as its weight is: the same format, and columns in its order."""
         format, block_size, block_order, double_quant = self._scheme
+        permutation = self.weight_permutation
         packed = quantize(
-            weight,
+            weight if permutation is None else weight.index_select(-1, permutation),
             format,
             block_size or "row",
             double_quant,
@@ -166,23 +173,50 @@ class PackedModule(nn.Module):
             block_order=block_order,
             signed_absmax=self._spec.signed_absmax,
         )
-        return {prefix + state_key("weight", field): tensor for field, tensor in packed.tensors().items()}
+        if permutation is None:
+            return packed
+        tensors = packed.tensors() | {"permutation": permutation.detach()}
+        return PackedWeight.from_tensors(packed.spec, packed.shape, packed.dtype, tensors)
 
     def _misfit(self, state_dict: Mapping[str, Any], prefix: str, scheme: list[Any] | None) -> str | None:
         """Why the packed weight of a state_dict cannot be that of this module, where torch would not notice."""
         if scheme is not None and tuple(scheme) != self._scheme:
             theirs: Scheme = tuple(scheme)
             return f"got a weight packed as {describe(make_spec(theirs))}, expected {describe(self.spec)}"
-        for field, dtype in field_dtypes(self.spec).items():
-            key = prefix + state_key("weight", field)
-            tensor = state_dict.get(key)
-            if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
-                continue
-            # Copying would convert without a word. Between floats that is fine where nothing is lost.
-            both_float = dtype.is_floating_point and tensor.is_floating_point()
-            if not both_float or torch.promote_types(tensor.dtype, dtype) != dtype:
-                return f"got {tensor.dtype} in {key}, expected {dtype} for {describe(self.spec)}"
-        return None
+        return misfit(self.spec, prefix + "weight", state_dict)
+
+
+def keeping_dtypes(fn: Callable[[Tensor], Tensor], packed: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn``, what ``Module._apply`` gets, but that it leaves the tensors of ``packed`` their dtype."""
+    own = {id(tensor) for tensor in packed}
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if id(tensor) in own and moved.dtype != tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return move
+
+
+def cast_of(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``fn`` makes of ``dtype``, where a dequantized weight can have it."""
+    cast = fn(torch.empty(0, dtype=dtype, device=device)).dtype
+    return cast if cast in DTYPES.values() else dtype
+
+
+def misfit(spec: Spec, name: str, state_dict: Mapping[str, Any]) -> str | None:
+    """Why the parts of the weight ``name`` in a state_dict cannot be of ``spec``, where torch would convert them."""
+    for field, dtype in field_dtypes(spec).items():
+        key = state_key(name, field)
+        tensor = state_dict.get(key)
+        if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
+            continue
+        # Copying would convert without a word. Between floats that is fine where nothing is lost.
+        both_float = dtype.is_floating_point and tensor.is_floating_point()
+        if not both_float or torch.promote_types(tensor.dtype, dtype) != dtype:
+            return f"got {tensor.dtype} in {key}, expected {dtype} for {describe(spec)}"
+    return None
 
 
 def empty_packed(
@@ -196,14 +230,17 @@ def empty_packed(
     signed_absmax: bool,
     dtype: torch.dtype | None,
     device: torch.device | str | int | None,
+    permuted: bool = False,
 ) -> PackedWeight:
     """A packed weight of zeros, for a module whose values are yet to be loaded."""
     scheme = make_scheme(resolve_format(format, codebook), block_size, block_order, double_quant)
     scale_name = "float32" if scale_dtype is None else dtype_name(scale_dtype, "scale_dtype")
     spec = make_spec(scheme, scale_name, signed_absmax)
     table = as_codebook(codebook) if spec.format == "custom" else None
-    sizes = storage(spec, shape, None if table is None else table.numel())
+    sizes = storage(spec, shape, None if table is None else table.numel(), permuted)
     tensors = {name: torch.zeros(size, dtype=dtype_, device=device) for name, (size, dtype_) in sizes.items()}
     if table is not None:
         tensors["codebook"] = table.to(tensors["data"].device)
+    if permuted:
+        tensors["permutation"] = torch.arange(shape[-1], dtype=torch.int32, device=device)
     return PackedWeight.from_tensors(spec, shape, torch.get_default_dtype() if dtype is None else dtype, tensors)

@@ -110,7 +110,8 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows ``input`` of the table: [*input.shape, embedding_dim]."""
-        return packed_embedding(input, self._tensors(), self._shape, self._scheme, self.dtype)
+        permutation = self._parameters["weight_permutation"]
+        return packed_embedding(input, self._tensors(), self._shape, self._scheme, self.dtype, permutation)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""

@@ -24,7 +24,8 @@ class QuantLinear(PackedModule, nn.Linear):
 
     The constructor makes a layer of zero weights, to be loaded; a float ``weight`` in a state_dict is quantized on the
     way in. :meth:`from_linear` packs an existing layer. Options are those of :func:`lowbit_rs.quantize`; ``dtype`` is
-    that of the bias and of :meth:`dequantize`.
+    that of the bias and of :meth:`dequantize`. ``permuted`` makes room for a permutation of the columns, as weights
+    from elsewhere may have one (PackedWeight): each call then copies x once, in that order.
     """
 
     compute_dtype: torch.dtype | None
@@ -47,6 +48,7 @@ class QuantLinear(PackedModule, nn.Linear):
         scale_dtype: torch.dtype | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
+        permuted: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         shape = [_size("out_features", out_features), _size("in_features", in_features)]
@@ -61,6 +63,7 @@ class QuantLinear(PackedModule, nn.Linear):
             signed_absmax,
             dtype,
             device,
+            permuted,
         )
         addend = torch.zeros(out_features, dtype=packed.dtype, device=packed.device) if bias else None
         self._fill(packed, addend, compute_dtype, activation)
@@ -150,15 +153,16 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
-        bias = self._parameters["bias"]
-        weight = self._tensors()
-        return packed_linear(input, weight, self._shape, self._scheme, bias, self.compute_dtype, self.activation)
+        bias, permutation = self._parameters["bias"], self._parameters["weight_permutation"]
+        how = self.compute_dtype, permutation, self.activation
+        return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, *how)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
+        permuted = "" if self.weight_permutation is None else ", permuted"
         rounded = "" if self.activation == "none" else f", activation={self.activation}"
-        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{compute}{rounded}"
+        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{permuted}{compute}{rounded}"
 
 
 def _size(argument: str, value: Any) -> int:

@@ -17,12 +17,19 @@ from lowbit_rs.errors import InvalidArgument, invalid
 from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve_format
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.nn.embedding import QuantEmbedding
+from lowbit_rs.nn.experts import QuantExperts, matrices, stack_names
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Report, ReportRow, relative_error
 from lowbit_rs.packed import DTYPES, BlockSize, describe, dtype_name, make_spec
 
 #: Modules of torch that read the weights of linear layers inside them without calling those.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+#: Modules that hold packed weights.
+PACKED_MODULES = (PackedModule, QuantExperts)
+
+#: Names of the layer that chooses experts, where it lies beside them.
+_ROUTERS = ("gate", "router")
 
 #: What torch keeps of the hooks on a module: they go with its place in the model, not with its weight.
 _HOOKS = (
@@ -52,22 +59,26 @@ def quantize_model(
     scale_dtype: torch.dtype | None = None,
     block_order: str = "row",
     signed_absmax: bool = False,
+    device: torch.device | str | int | None = None,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
-    Each float weight is freed before the next one is packed. Options are those of :func:`lowbit_rs.quantize`;
+    The experts of a mixture, which transformers fuses to 3-D parameters, become QuantExperts. Each float weight is
+    freed before the next one is packed. Options are those of :func:`lowbit_rs.quantize`;
 
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
     - ``compute_dtype``, ``activation``: see QuantLinear;
-    - ``progress``: shows a progress bar.
+    - ``progress``: shows a progress bar;
+    - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
+      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
 
-    Layers whose weight is shared with another module, subclasses with a forward of their own, and layers whose weight
-    torch reads without calling them are left alone too; the report says which and why. Raises InvalidArgument, before
-    anything is replaced, for bad options and for weights without values (meta device), and Unsupported for weights on
-    a device without kernels. For a weight with NaN it raises InvalidArgument when that layer's turn comes; the layers
-    before it are then packed, the others as they were.
+    Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
+    reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
+    InvalidArgument, before anything is replaced, for bad options and for weights without values (meta device), and
+    Unsupported for weights on a device without kernels. For a weight with NaN it raises InvalidArgument when that
+    layer's turn comes; the layers before it are then packed, the others as they were.
     """
     options = {
         "format": resolve_format(format, codebook),
@@ -79,39 +90,48 @@ def quantize_model(
         "block_order": block_order,
         "signed_absmax": signed_absmax,
     }
-    report = Report(scheme=_check_options(options, compute_dtype))
-    check_activation(activation)
+    of_products = {"compute_dtype": compute_dtype, "activation": activation}
+    report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = _choose(model, skip, embeddings, report)
+    names = choose(model, skip, embeddings, report)
     for name in names:
-        _check_values(name, model.get_submodule(name))
+        _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
-        _replace_one(model, name, options, {"compute_dtype": compute_dtype, "activation": activation}, report)
+        _replace_one(model, name, device, options, of_products, report)
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replaces every QuantLinear and QuantEmbedding of ``model`` by the torch module with the dequantized weight.
+    """Replaces every packed layer of ``model`` by the float module that it stands for, with the dequantized weight.
 
     In place and one by one, in ``dtype`` or in that of each layer.
     """
     if isinstance(model, PackedModule):
         raise invalid("model", type(model).__name__, "a module that contains layers; unpack one by to_linear")
-    for name in [name for name, module in model.named_modules() if isinstance(module, PackedModule)]:
+    for name in [name for name, module in model.named_modules() if isinstance(module, PACKED_MODULES)]:
         packed = model.get_submodule(name)
-        assert isinstance(packed, QuantLinear | QuantEmbedding)
-        module = packed.to_linear(dtype) if isinstance(packed, QuantLinear) else packed.to_embedding(dtype)
-        replace_module(model, packed, module)
+        replace_module(model, packed, to_float(packed, dtype))
 
 
-def _check_options(options: dict[str, Any], compute_dtype: torch.dtype | None) -> str:
-    """Raises for options that no layer could take; gives them in words."""
-    if compute_dtype is not None:
-        dtype_name(compute_dtype, "compute_dtype")
+def to_float(packed: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The float module that a packed one stands for."""
+    if isinstance(packed, QuantLinear):
+        return packed.to_linear(dtype)
+    if isinstance(packed, QuantEmbedding):
+        return packed.to_embedding(dtype)
+    assert isinstance(packed, QuantExperts)
+    return packed.to_experts(dtype)
+
+
+def _check_options(options: dict[str, Any], of_products: dict[str, Any]) -> str:
+    """Raises for options that no layer could take; gives those of packing in words."""
+    if of_products["compute_dtype"] is not None:
+        dtype_name(of_products["compute_dtype"], "compute_dtype")
+    check_activation(of_products["activation"])
     if options["nonfinite"] not in ("error", "propagate"):
         raise invalid("nonfinite", repr(options["nonfinite"]), '"error" or "propagate"')
     scheme = make_scheme(*(options[key] for key in ("format", "block_size", "block_order", "double_quant")))
@@ -122,21 +142,57 @@ def _check_options(options: dict[str, Any], compute_dtype: torch.dtype | None) -
     return describe(make_spec(scheme, scale_name, options["signed_absmax"]))
 
 
-def _choose(model: nn.Module, skip: Sequence[str], embeddings: bool, report: Report) -> list[str]:
-    """Names of the layers to pack; the reasons for leaving the others go into the report."""
-    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+def choose(model: nn.Module, skip: Sequence[str], embeddings: bool, report: Report) -> list[str]:
+    """Names of the modules to pack; the reasons for leaving the others go into the report."""
     owners = _owners(model)
     readers = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, _READERS)}
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, kinds):
+        if stack_names(module):
+            reason = _experts_reason(name, module, skip, owners)
+        elif isinstance(module, nn.Linear) or (embeddings and isinstance(module, nn.Embedding)):
+            reason = _reason(name, module, skip, owners, readers)
+            if reason is None and _is_router(model, name):
+                reason = "router of a mixture of experts"
+        else:
+            report.skipped |= dict.fromkeys(_stacks_of_strangers(name, module), _NOT_SERVED)
             continue
-        reason = _reason(name, module, skip, owners, readers)
         if reason is None:
             names.append(name)
         else:
             report.skipped[name] = reason
     return names
+
+
+_NOT_SERVED = "stacked matrices, and their module does not run experts through transformers' interface"
+
+
+def _stacks_of_strangers(name: str, module: nn.Module) -> list[str]:
+    """Stacked matrices of experts that QuantExperts does not serve: most of such a model would stay as it is."""
+    if "experts" not in name.split(".") or isinstance(module, PACKED_MODULES):
+        return []
+    return [f"{name}.{key}" for key, value in module._parameters.items() if value is not None and value.dim() == 3]
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _ROUTERS and hasattr(model.get_submodule(parent), "experts")
+
+
+def _experts_reason(name: str, module: nn.Module, skip: Sequence[str], owners: dict[int, list[str]]) -> str | None:
+    """Why the experts of a mixture are left alone, or None."""
+    if isinstance(module, QuantExperts):
+        return "already packed"
+    matched = next((pattern for pattern in skip if matches(name, pattern)), None)
+    if matched is not None:
+        return f"matches skip={matched!r}"
+    for stack in map(module.get_parameter, stack_names(module)):
+        others = [other for other in owners[id(stack)] if other != name]
+        if others:
+            return f"its weights are tied to {', '.join(others)}"
+        if stack.dtype not in DTYPES.values():
+            return f"its weights are {stack.dtype}"
+    return None
 
 
 def _reason(
@@ -184,28 +240,46 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _check_values(name: str, module: nn.Module) -> None:
-    weight = module.get_parameter("weight")
-    if weight.is_meta:
-        raise invalid("model", f"the meta tensor {name}.weight, which has no values", "a model with loaded weights")
-    backend_of(weight.device)
+def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices of a layer, or the stacks of experts, by name."""
+    names = stack_names(module) or ("weight",)
+    return {name: module.get_parameter(name) for name in names}
+
+
+def _check_values(name: str, module: nn.Module, device: torch.device | str | int | None) -> None:
+    for key, weight in _weights(module).items():
+        if weight.is_meta:
+            got = f"the meta tensor {name}.{key}, which has no values"
+            raise invalid("model", got, "a model with loaded weights")
+        backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 
 
 def _replace_one(
-    model: nn.Module, name: str, options: dict[str, Any], of_linear: dict[str, Any], report: Report
+    model: nn.Module,
+    name: str,
+    device: torch.device | str | int | None,
+    options: dict[str, Any],
+    of_products: dict[str, Any],
+    report: Report,
 ) -> None:
     module = model.get_submodule(name)
-    packed: QuantLinear | QuantEmbedding
+    if device is not None:
+        module.to(device)
+    new: QuantLinear | QuantEmbedding | QuantExperts
     with _naming(name):
         if isinstance(module, nn.Linear):
-            packed = QuantLinear.from_linear(module, **of_linear, **options)
+            new = QuantLinear.from_linear(module, **of_products, **options)
+        elif isinstance(module, nn.Embedding):
+            new = QuantEmbedding.from_embedding(module, **options)
         else:
-            assert isinstance(module, nn.Embedding)
-            packed = QuantEmbedding.from_embedding(module, **options)
-    weight = module.weight
-    error = relative_error(weight, packed.packed)
-    report.rows.append(ReportRow(name, tuple(weight.shape), weight.nbytes, packed.packed.nbytes, error))
-    replace_module(model, module, packed)
+            new = QuantExperts.from_experts(module, compute_dtype=of_products["compute_dtype"], **options)
+    packed = new.stacks if isinstance(new, QuantExperts) else {"weight": new.packed}
+    for key, weight in _weights(module).items():
+        row_name = f"{name}.{key}" if isinstance(new, QuantExperts) else name
+        source = matrices(module, weight) if isinstance(new, QuantExperts) else weight
+        error = relative_error(source, packed[key])
+        report.rows.append(ReportRow(row_name, tuple(source.shape), weight.nbytes, packed[key].nbytes, error))
+    replace_module(model, module, new)
 
 
 @contextmanager

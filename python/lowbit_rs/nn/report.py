@@ -20,14 +20,14 @@ class ReportRow:
     """One layer that was packed. Sizes are those of its weight, in bytes, without the bias.
 
     ``relative_error`` is ``||w - w'|| / ||w||`` in the Frobenius norm, w' being the dequantized weight in fp32; 0 for a
-    weight of zeros.
+    weight of zeros, None where it was not computed.
     """
 
     name: str
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
-    relative_error: float
+    relative_error: float | None = None
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Report:
                 " x ".join(map(str, row.shape)),
                 format_bytes(row.bytes_before),
                 format_bytes(row.bytes_after),
-                f"{row.relative_error:.4f}",
+                "" if row.relative_error is None else f"{row.relative_error:.4f}",
             )
             for row in self.rows
         ]
@@ -83,7 +83,20 @@ def _align(cells: list[tuple[str, ...]]) -> list[str]:
 
 
 def relative_error(weight: Tensor, packed: PackedWeight) -> float:
-    """``||w - w'|| / ||w||`` for a weight [N, K] and its packed form, without a copy of the whole of either."""
+    """``||w - w'|| / ||w||`` for a weight and its packed form, without a copy of the whole of either.
+
+    The weight is [N, K] or [experts, N, K]; of a stack the norm is that of all matrices together.
+    """
+    if len(packed.shape) == 3:
+        parts = [_squares(matrix, packed[index]) for index, matrix in enumerate(weight)]
+        error, norm = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    else:
+        error, norm = _squares(weight, packed)
+    return math.sqrt(error / norm) if norm else 0.0
+
+
+def _squares(weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
+    """``||w - w'||^2`` and ``||w||^2`` of a matrix."""
     rows, cols = packed.shape
     step = max(1, _CHUNK // max(1, cols))
     error = norm = 0.0
@@ -93,4 +106,4 @@ def relative_error(weight: Tensor, packed: PackedWeight) -> float:
         difference = embedding(indices, packed, torch.float32).sub_(part)
         error += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
         norm += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-    return math.sqrt(error / norm) if norm else 0.0
+    return error, norm

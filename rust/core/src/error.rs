@@ -32,6 +32,14 @@ pub enum Error {
         /// Why not, and what to use instead.
         reason: String,
     },
+    /// CUDA is missing or failed.
+    #[error("{what}: {reason}")]
+    Cuda {
+        /// What was tried: the driver's function, and the kernel and shapes where it was a launch.
+        what: String,
+        /// CUDA's own name for the error and its description, or what is missing.
+        reason: String,
+    },
 }
 
 /// A result with the core's [`Error`].

@@ -8,10 +8,12 @@
 //! ```
 //!
 //! Modules depend on one another in one direction only: `error`, `dtype` <- `codebook`, `format` <- `storage`,
-//! `reference` <- `cpu`.
+//! `reference` <- `cpu`, `cuda`.
 
 pub mod codebook;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod format;

@@ -66,16 +66,16 @@ pub struct PackedWeightMut<'a> {
 }
 
 /// Lengths and types of the buffers, to be held against a [`Spec`] and a [`Layout`].
-struct Buffers {
-    codes: usize,
-    scales: usize,
-    scale_dtype: Option<Dtype>,
-    scale_2: Option<usize>,
-    shifts: Option<(usize, Dtype)>,
+pub(crate) struct Buffers {
+    pub(crate) codes: usize,
+    pub(crate) scales: usize,
+    pub(crate) scale_dtype: Option<Dtype>,
+    pub(crate) scale_2: Option<usize>,
+    pub(crate) shifts: Option<(usize, Dtype)>,
 }
 
 impl Buffers {
-    fn check(&self, spec: &Spec, layout: &Layout) -> Result<()> {
+    pub(crate) fn check(&self, spec: &Spec, layout: &Layout) -> Result<()> {
         expect("codes", self.codes, layout.code_bytes())?;
         expect("scale", self.scales, layout.block_count())?;
         if self.scale_2.is_some() != spec.double_quant {

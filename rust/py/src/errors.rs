@@ -75,6 +75,7 @@ pub(crate) fn to_python(error: &Error) -> PyErr {
         let class = match error {
             Error::InvalidArgument { .. } | Error::NonFinite { .. } => &classes.invalid_argument,
             Error::Unsupported { .. } => &classes.unsupported,
+            Error::Cuda { .. } => &classes.cuda,
         };
         PyErr::from_type(class.bind(py).clone(), error.to_string())
     })

@@ -6,6 +6,7 @@ use pyo3::prelude::*;
 
 mod buffers;
 mod codebooks;
+mod cuda;
 mod errors;
 mod operations;
 mod spec;
@@ -20,5 +21,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PySpec>()?;
     module.add_class::<spec::PyLayout>()?;
     module.add_class::<weight::WeightView>()?;
-    operations::register(module)
+    operations::register(module)?;
+    cuda::register(module)
 }

@@ -17,7 +17,8 @@ pub const BLOCK: usize = 256;
 /// map, ties to the even code. A NaN scale counts nothing in the mean and makes its 256 neighbours NaN.
 pub fn quantize(scales: &[f32], codes: &mut [u8], scale_2: &mut [f32]) -> f32 {
     let finite = || scales.iter().filter(|scale| scale.is_finite()).map(|&scale| f64::from(scale));
-    let mean = finite().sum::<f64>() / finite().count().max(1) as f64;
+    // The sum of nothing is -0.
+    let mean = (finite().sum::<f64>() + 0.0) / finite().count().max(1) as f64;
     let offset = mean as f32;
     for ((block, codes), scale_2) in scales.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)).zip(scale_2) {
         let absmax = if block.iter().all(|scale| scale.is_finite()) {

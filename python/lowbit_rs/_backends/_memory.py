@@ -1,0 +1,58 @@
+"""Tensors as the native module takes them: addresses, lengths, distances of rows. Used by every backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowbit_rs.errors import invalid
+from lowbit_rs.packed import dtype_name
+
+Floats = tuple[int, int, str]
+Buffer = tuple[int, int]
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int, int]:
+    """``x`` as rows: the tensor, their number, and the elements from one to the next.
+
+    Rows that are dense in themselves are taken where they lie, at any distance; everything else is copied.
+    """
+    width = x.shape[-1]
+    tokens = math.prod(x.shape[:-1])
+    if x.data_ptr() % x.element_size():
+        x = x.clone()
+    if x.is_contiguous():
+        return x, tokens, width
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= width:
+        return x, tokens, x.stride(0)
+    return x.contiguous(), tokens, width
+
+
+def floats(tensor: Tensor) -> Floats:
+    """A native float buffer: from the first element to the last one in memory."""
+    count = tensor.numel()
+    if not tensor.is_contiguous():
+        count = (tensor.shape[0] - 1) * tensor.stride(0) + tensor.shape[1]
+    return tensor.data_ptr(), count, dtype_name(tensor.dtype)
+
+
+def buffer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
+    """A native buffer of elements of ``dtype`` on ``device``; InvalidArgument, naming the field, for anything else."""
+    if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
+        contiguity = "" if tensor.is_contiguous() else "non-contiguous "
+        where = "the CPU" if device.type == "cpu" else str(device)
+        raise invalid(name, f"a {contiguity}{tensor.dtype} tensor on {tensor.device}", f"contiguous {dtype} on {where}")
+    address = tensor.data_ptr()
+    if address % dtype.itemsize:
+        # As torch.frombuffer makes them of a file's bytes at any offset.
+        raise invalid(name, f"{dtype} at the odd address {address:#x}", "elements aligned to their size; clone it")
+    return address, tensor.numel()
+
+
+def experts_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shape and strides of [N, K] or [experts, N, K] as [experts, N, K]."""
+    *_, experts, rows, cols = (1, *tensor.shape)
+    *_, of_experts, of_rows, of_cols = (0, *tensor.stride())
+    return (experts, rows, cols), (of_experts, of_rows, of_cols)

@@ -1,0 +1,39 @@
+//! CUDA: the driver, its modules and launches, and the operations on weights in device memory.
+//!
+//! Nothing here allocates device memory or makes streams: addresses and the stream come from the caller, and kernels run in
+//! the primary context of a device, which is torch's. The driver is looked for when it is first needed, so a machine
+//! without one runs everything else.
+
+mod decode;
+mod dequantize;
+mod device;
+mod driver;
+mod launch;
+mod linear;
+mod modules;
+mod plan;
+mod quantize;
+mod weight;
+
+pub use dequantize::{Window, dequantize, dequantize_rows};
+pub use device::Device;
+pub use linear::{DeviceActivations, MAX_TOKENS, linear};
+pub use quantize::{DeviceSource, Workspace, quantize};
+pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
+
+/// A device and one of its streams: where an operation runs. Work is queued, not waited for.
+#[derive(Debug, Clone, Copy)]
+pub struct Queue {
+    /// The device, whose memory all addresses are in.
+    pub device: &'static Device,
+    /// The driver's handle of a stream of that device; 0 is the default stream.
+    pub stream: usize,
+    /// Whether a product may read its weight before the kernel in front of it in the stream has ended: it must not be that
+    /// kernel which writes the weight. Activations are waited for in any case.
+    pub may_overlap: bool,
+}
+
+/// Whether this build has CUDA kernels.
+pub fn is_built() -> bool {
+    !lowbit_kernels::IMAGES.is_empty()
+}

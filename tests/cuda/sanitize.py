@@ -1,0 +1,47 @@
+"""Every kernel once or twice and no library's beside them, for compute-sanitizer: all tests would take it too long.
+
+compute-sanitizer --tool memcheck|racecheck|initcheck --error-exitcode 1 python tests/cuda/sanitize.py
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+
+import lowbit_rs
+
+_WEIGHTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"double_quant": True},
+    {"format": "uint4", "double_quant": True, "scale_dtype": torch.float16},
+    {"format": "int8", "block_size": 32},
+    {"format": "fp4", "block_size": 32, "scale_dtype": torch.bfloat16},
+    {"codebook": (1.0, -1.0, 0.5), "signed_absmax": True, "block_size": "row"},
+    {"block_order": "flat", "block_size": 32},
+)
+
+
+def main() -> None:
+    """Packs, unpacks and multiplies small weights, and compares with the CPU."""
+    for options, (rows, cols) in product(_WEIGHTS, ((40, 512), (19, 75))):
+        for dtype in (torch.float32, torch.bfloat16):
+            weight = torch.randn(rows, cols).to(dtype)
+            packed = lowbit_rs.quantize(weight.cuda(), **options)
+            same = lowbit_rs.quantize(weight, **options)
+            assert packed.to("cpu") == same, options
+            assert torch.equal(packed.dequantize().cpu(), same.dequantize()), options
+            for tokens in (1, 3, 9):
+                x = torch.randn(tokens, cols).to(dtype)
+                y = lowbit_rs.linear(x.cuda(), packed, torch.ones(rows).cuda()).cpu()
+                wanted = lowbit_rs.linear(x, same, torch.ones(rows))
+                torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-1)
+            indices = torch.tensor([rows - 1, 0, 3])
+            layer = lowbit_rs.QuantEmbedding.from_packed(packed)
+            assert torch.equal(layer(indices.cuda()).cpu(), same.dequantize()[indices])
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What stands on the operators, on a GPU: stacks of experts, permuted columns, models of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit_rs
+from lowbit_rs import LowbitConfig, PackedWeight
+from lowbit_rs.functional import packed_linear_grouped
+from lowbit_rs.nn.model import PACKED_MODULES
+from tiny_models import inputs_of, load, logits_of, make_model
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("tokens", [(2, 0, 1), (20, 3, 17)])
+def test_experts_are_their_matrices(double_quant: bool, tokens: tuple[int, ...]) -> None:
+    stack = lowbit_rs.quantize(torch.randn(3, 24, 64).cuda(), "nf4", double_quant=double_quant)
+    counts = torch.tensor(tokens, device="cuda")
+    x = torch.randn(sum(tokens), 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    y = packed_linear_grouped(x, counts, stack.operands(), stack.shape, stack.scheme)
+    expected = [
+        lowbit_rs.linear(rows, stack[index]) for index, rows in enumerate(x.detach().split(list(tokens))) if len(rows)
+    ]
+    assert torch.equal(y, torch.cat(expected))
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_permuted_columns(tokens: int) -> None:
+    order = torch.randperm(128)
+    plain = lowbit_rs.quantize(torch.randn(24, 128)[:, order], "int4", 32).to("cuda")
+    permutation = order.to(torch.int32).cuda()
+    packed = PackedWeight.from_tensors(
+        plain.spec, plain.shape, plain.dtype, plain.tensors() | {"permutation": permutation}
+    )
+    x = torch.randn(tokens, 128, dtype=torch.float16, device="cuda")
+    assert torch.equal(lowbit_rs.linear(x, packed), lowbit_rs.linear(x[:, order.cuda()], plain))
+    assert torch.equal(packed.dequantize()[:, order.cuda()], plain.dequantize())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_model_packed_while_it_loads_on_the_gpu(architecture: str, tmp_path: Path) -> None:
+    make_model(architecture).save_pretrained(tmp_path / "float")
+    config = LowbitConfig(double_quant=True)
+    model = load(tmp_path / "float", quantization_config=config, device_map="cuda:0")
+    same = load(tmp_path / "float", quantization_config=config)
+    assert any(isinstance(module, PACKED_MODULES) for module in model.modules())
+    for name, tensor in same.state_dict().items():
+        if tensor.dtype in (torch.uint8, torch.int8):
+            assert torch.equal(model.state_dict()[name].cpu(), tensor), name
+    inputs = {name: tensor.cuda() for name, tensor in inputs_of(model).items()}
+    with torch.no_grad():
+        logits, wanted = model(**inputs).logits.cpu(), logits_of(same)
+    assert (logits - wanted).norm() < 1e-4 * wanted.norm()  # fp32 on both, in other orders of summation
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed", device_map="cuda:0")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits.cpu(), logits)
