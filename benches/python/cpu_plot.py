@@ -28,7 +28,7 @@ _RIVALS = {
     "bitsandbytes nf4": ("-", "s"),
     "bitsandbytes int8": ("-.", "s"),
     "torch int4pack": ("-", "^"),
-    "torch int8pack": ("-.", "^"),
+    "llama.cpp Q4_0": ("-.", "^"),
 }
 _OURS = {"nf4": ("-", "o"), "int8-row": ("-.", "o"), "int8-row, activation int8": (":", "o")}
 _GREYS = ("#6e7781", "#8c959f", "#bc4c00", "#e16f24", "#8250df", "#a475f9")
@@ -55,6 +55,8 @@ def draw(rows: list[dict[str, Any]], theme: Theme, title: str, path: Path) -> No
     colors = [*zip(_RIVALS.items(), _GREYS, strict=True), *((ours, theme.formats) for ours in _OURS.items())]
     for (rival, (line, marker)), color in colors:
         points = sorted((row["tokens"], row["median_s"] * 1e3) for row in rows if row["rival"] == rival)
+        if not points:
+            continue
         label = f"lowbit_rs {rival}" if rival in _OURS else rival
         axis.plot(*zip(*points, strict=True), line, marker=marker, markersize=4, color=color, label=label)
     tokens = sorted({row["tokens"] for row in rows})
