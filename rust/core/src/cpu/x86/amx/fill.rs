@@ -357,6 +357,7 @@ impl<'a> Filler<'a> {
                 let row = terms.start + 2 * pair + i;
                 let out = &mut buffer[..self.outputs.len()];
                 if row < terms.end {
+                    prefetch_codes(simd, self.weight, row + terms.len(), &self.outputs);
                     decode_row(simd, codes, self.weight, row, self.outputs.clone(), &mut self.block_scales, out);
                 } else {
                     out.fill(0.0);
@@ -374,6 +375,16 @@ impl<'a> Filler<'a> {
                 }
             }
         }
+    }
+}
+
+/// Asks for the codes of some columns of a row, which need not exist.
+#[inline(always)]
+fn prefetch_codes(simd: Avx512, weight: &PackedWeight<'_>, row: usize, cols: &Range<usize>) {
+    let layout = weight.layout();
+    let first = weight.codes().as_ptr().wrapping_add(row * layout.row_bytes() + layout.bytes_of(cols.start));
+    for line in (0..layout.bytes_of(cols.len())).step_by(ROW_BYTES) {
+        simd.prefetch(first.wrapping_add(line));
     }
 }
 

@@ -131,7 +131,9 @@ impl<'a> Product<'a> {
         let (outputs, _) = self.direction.outputs_and_terms(self.weight);
         let small = TILES_AT_ONCE * ROWS;
         let step = outputs.div_ceil(4 * threads.max(1)).next_multiple_of(small).min(LARGE_STRIP);
-        let strip = if self.x.bytes() < MANY_ACTIVATIONS { small } else { step };
+        // For the gradient, a strip is as many columns of every row of the weight: the more, the better.
+        let is_small = self.direction == Direction::Forward && self.x.bytes() < MANY_ACTIVATIONS;
+        let strip = if is_small { small } else { step };
         parallel::for_each(threads, parallel::ranges(outputs, step), |outputs| {
             // SAFETY: `new` has asserted that the instructions are there.
             unsafe { self.strips(outputs, strip, finish) };
