@@ -264,6 +264,6 @@ fn round(x: f32) -> i32 {
 
 /// The bits of the largest magnitude: as integers, magnitudes are in the order of the numbers, NaN above infinity.
 #[inline(always)]
-fn largest_bits(x: &[f32]) -> u32 {
+pub(super) fn largest_bits(x: &[f32]) -> u32 {
     x.iter().fold(0, |most, x| most.max(x.to_bits() & i32::MAX.cast_unsigned()))
 }

@@ -14,7 +14,7 @@ use super::fill::Order;
 use super::product::{CHUNK_STEPS, Numbers};
 use super::scratch::Scratch;
 use super::tiles::{Line, Operand, ROW_BYTES, ROWS, TILE_BYTES};
-use crate::cpu::activations::Activations;
+use crate::cpu::activations::{Activations, largest_bits};
 use crate::cpu::parallel;
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
@@ -88,9 +88,7 @@ fn scales_of_rows(x: &Activations<'_>, terms: usize, first: usize, scales: &mut 
     let mut row = vec![0.0; terms];
     for (token, scale) in (first..).zip(scales) {
         x.read(simd, token, 0, &mut row);
-        // As integers, magnitudes are in the order of the numbers, NaN above infinity.
-        let most = row.iter().fold(0, |most, x: &f32| most.max(x.to_bits() & i32::MAX.cast_unsigned()));
-        *scale = f32::from_bits(most) / 127.0;
+        *scale = f32::from_bits(largest_bits(&row)) / 127.0;
     }
 }
 
