@@ -40,10 +40,16 @@ pub(super) fn read_scales<S: Simd>(simd: S, weight: &PackedWeight<'_>, first: us
 /// Asks for the stored scale of a block.
 #[inline(always)]
 pub(super) fn prefetch_scale<S: Simd>(simd: S, weight: &PackedWeight<'_>, block: usize) {
-    simd.prefetch(match weight.scales() {
+    simd.prefetch(stored_scale(weight, block));
+}
+
+/// Where the scale of a block is stored; the block need not exist.
+#[inline(always)]
+pub(super) fn stored_scale(weight: &PackedWeight<'_>, block: usize) -> *const u8 {
+    match weight.scales() {
         Scales::Plain(floats) => with_floats!(floats, Floats, slice => slice.as_ptr().wrapping_add(block).cast()),
         Scales::Double { codes, .. } => codes.as_ptr().wrapping_add(block),
-    });
+    }
 }
 
 /// Fills `out` with the shifts of the blocks from `first` on, or with zeros where there are none.

@@ -1,25 +1,23 @@
 //! Weights in tiles.
 //!
-//! Forward, they are the left operand: a row of a tile is 64 bytes of one row of the weight. 4-bit codes are looked up
-//! 32 at a time in a table of the block's own 16 weights, `scale * codebook + shift` in bf16, so that scaling costs
-//! nothing for each weight. For the gradient they are the right operand: a row of a tile is two neighbouring rows of
+//! Forward, they are the left operand: a row of a tile is 64 bytes of one row of the weight. For the gradient they are the right operand: a row of a tile is two neighbouring rows of
 //! the weight, their columns side by side.
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm_loadu_si128, _mm512_castps_si512, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtne2ps_pbh, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
-    _mm512_set1_epi16, _mm512_set1_ps, _mm512_srli_epi16, _mm512_storeu_si512, _mm512_ternarylogic_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_set1_ps,
+    _mm512_storeu_si512,
 };
 use std::ops::Range;
 
 use super::pack::{upper_halves, without_upper_half};
 use super::product::{CHUNK_STEPS, Numbers};
+use super::tables::{GROUP_STEPS, Rows, TABLE_COLS};
 use super::tiles::{Line, ROW_BYTES, ROWS};
-use crate::codebook::LEN;
 use crate::cpu::codes::{Codes, load_words, with_codes};
 use crate::cpu::dequantize::{BlockScales, decode_row};
 use crate::cpu::panel::Direction;
-use crate::cpu::scales::{prefetch_scale, read_scales, read_shifts};
+use crate::cpu::scales::{read_scales, read_shifts, stored_scale};
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
 use crate::format::Layout;
@@ -42,7 +40,7 @@ impl Order {
     pub(super) fn steps_of_group(self) -> usize {
         match self {
             Self::Natural => 1,
-            Self::Nibbles => 4,
+            Self::Nibbles => GROUP_STEPS,
             Self::Words(per_word) => per_word / 2,
         }
     }
@@ -69,9 +67,6 @@ pub(super) enum Method {
     /// For the gradient.
     PairsOfRows,
 }
-
-/// Smallest block that the tables serve: 64 bytes of codes are looked up in two of them.
-const SMALLEST_TABLE_BLOCK: usize = 64;
 
 impl Method {
     pub(super) fn choose(weight: &PackedWeight<'_>, direction: Direction, numbers: Numbers) -> Self {
@@ -104,7 +99,37 @@ fn block_shift(layout: &Layout) -> u32 {
 
 fn has_table_blocks(weight: &PackedWeight<'_>) -> bool {
     let layout = weight.layout();
-    layout.block_size >= SMALLEST_TABLE_BLOCK || layout.block_size >= layout.cols
+    layout.block_size >= TABLE_COLS || layout.block_size >= layout.cols
+}
+
+/// What is asked for before its time. Chunks of rows are short pieces of memory, which the processor's own prefetchers do
+/// not follow.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    /// Codes to bring into the L2 cache beside the first row, and bytes from there to those of the next row.
+    codes: *const u8,
+    code_stride: usize,
+    /// A scale likewise.
+    scales: *const u8,
+    scale_stride: usize,
+}
+
+impl Ahead {
+    const NOTHING: Self = Self { codes: std::ptr::null(), code_stride: 0, scales: std::ptr::null(), scale_stride: 0 };
+
+    /// Asks for as many bytes of codes as row `index` takes, and brings the next row, from `near` on, into the L1 cache.
+    #[inline(always)]
+    pub(super) fn ask(self, simd: Avx512, index: usize, near: *const u8, bytes: usize) {
+        if self.codes.is_null() {
+            return;
+        }
+        let far = self.codes.wrapping_add(index * self.code_stride);
+        for line in (0..bytes).step_by(ROW_BYTES) {
+            simd.prefetch(far.wrapping_add(line));
+            simd.prefetch_near(near.wrapping_add(line));
+        }
+        simd.prefetch(self.scales.wrapping_add(index * self.scale_stride));
+    }
 }
 
 /// Fills panels of a strip of outputs with a chunk of terms each.
@@ -112,14 +137,20 @@ pub(super) struct Filler<'a> {
     weight: &'a PackedWeight<'a>,
     method: Method,
     numbers: Numbers,
-    /// The strip, and the tiles that it takes; the last ones may lie behind the last output.
+    /// The strip.
     outputs: Range<usize>,
+    /// Rows of tiles of a panel; the last ones may lie behind the last output.
     tiles: usize,
     /// `[outputs][blocks]` and a vector more, of [`Method::Tables`] and [`Method::Words`].
     scales: Vec<f32>,
     shifts: Vec<f32>,
-    block_scales: BlockScales,
+}
+
+/// Memory that filling takes.
+#[derive(Default)]
+pub(super) struct Buffers {
     rows: [Vec<f32>; 2],
+    block_scales: BlockScales,
 }
 
 impl<'a> Filler<'a> {
@@ -145,165 +176,166 @@ impl<'a> Filler<'a> {
                 read_shifts(simd, weight, outputs.start * blocks, &mut shifts[..count]);
             }
         }
-        let rows = [Vec::new(), Vec::new()];
-        Self { weight, method, numbers, outputs, tiles, scales, shifts, block_scales: BlockScales::default(), rows }
+        Self { weight, method, numbers, outputs, tiles, scales, shifts }
     }
 
-    /// Fills `panel`, `[parts][tiles][CHUNK_STEPS]` tiles, with the terms of a chunk; returns how many steps count.
-    #[inline]
+    /// Fills `panel`, `[parts][tiles][CHUNK_STEPS]` tiles, with a chunk of terms of the strip's outputs from `first` on;
+    /// returns how many steps count.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    pub(super) fn fill(&mut self, simd: Avx512, terms: Range<usize>, panel: &mut [Line]) -> usize {
+    pub(super) fn fill(
+        &self,
+        simd: Avx512,
+        first: usize,
+        terms: &Range<usize>,
+        buffers: &mut Buffers,
+        panel: &mut [Line],
+    ) -> usize {
         let group = self.method.order(self.weight).steps_of_group();
         let step_terms = self.numbers.chunk_terms() / CHUNK_STEPS;
         let steps = terms.len().div_ceil(step_terms * group) * group;
+        let rows = first..(first + self.tiles * ROWS).min(self.outputs.len());
+        let ahead = self.ahead(&rows, terms);
+        let weight = self.weight;
+        if self.method == Method::Tables {
+            self.tables(&rows, terms, ahead).fill(simd, (self.numbers.w_parts(), self.tiles), panel);
+            return steps;
+        }
+        let job = Job { filler: self, rows, terms, steps, ahead };
         match self.method {
             Method::PairsOfRows => {
-                with_codes!(simd, self.weight, codes => self.fill_pairs(simd, codes, terms, steps, panel));
+                with_codes!(simd, weight, codes => job.fill_pairs(simd, codes, buffers, panel));
             }
-            Method::Words => {
-                with_codes!(simd, self.weight, codes => self.fill_by_words(simd, codes, terms, steps, panel));
-            }
-            Method::Tables => match self.numbers.w_parts() {
-                1 => self.fill_by_tables::<1>(simd, terms, steps, panel),
-                2 => self.fill_by_tables::<2>(simd, terms, steps, panel),
-                _ => self.fill_by_tables::<3>(simd, terms, steps, panel),
-            },
-            _ => {
-                for index in 0..self.tiles * ROWS {
-                    let row = (self.outputs.start + index).min(self.outputs.end - 1);
-                    self.prefetch_next_strip(simd, row - self.outputs.start, &terms);
-                    let lines = Lines { panel, tiles: self.tiles, tile: index / ROWS, row: index % ROWS };
-                    self.fill_row(simd, row, terms.clone(), steps, lines);
-                }
-            }
+            Method::Words => with_codes!(simd, weight, codes => job.fill_by_words(simd, codes, panel)),
+            _ => job.fill_rows(simd, buffers, panel),
         }
         steps
     }
 
-    /// Asks for a part of the strip that comes next, as long as the terms of row `index` of this one, and for those of
-    /// the next row. Chunks of rows are short pieces of memory, which the processor's own prefetchers do not follow: so
-    /// the next strip is asked for line by line, in the order of memory, while this one is decoded.
-    #[inline(always)]
-    fn prefetch_next_strip(&self, simd: Avx512, index: usize, terms: &Range<usize>) {
+    /// What to ask for while `rows` of the strip are decoded. Where they are the whole strip, that is a part of the next
+    /// strip as long as theirs, line by line in the order of memory, and its scales; else what is filled next.
+    fn ahead(&self, rows: &Range<usize>, terms: &Range<usize>) -> Ahead {
         let layout = self.weight.layout();
         if layout.straddles_rows {
-            return;
+            return Ahead::NOTHING;
         }
         let (row_bytes, bytes) = (layout.row_bytes(), layout.bytes_of(terms.len()));
-        let rows = self.outputs.len();
+        let (strip, start) = (self.outputs.len(), layout.bytes_of(terms.start));
         let codes = self.weight.codes().as_ptr().wrapping_add(self.outputs.start * row_bytes);
-        let near = codes.wrapping_add((index + 1) * row_bytes + layout.bytes_of(terms.start));
-        let far = codes.wrapping_add(rows * (row_bytes + layout.bytes_of(terms.start)) + index * bytes);
-        for line in (0..bytes).step_by(ROW_BYTES) {
-            simd.prefetch(far.wrapping_add(line));
-            simd.prefetch_near(near.wrapping_add(line));
+        if rows.len() < strip {
+            let offset = if rows.end < strip { rows.end * row_bytes + start } else { start + bytes };
+            return Ahead { codes: codes.wrapping_add(offset), code_stride: row_bytes, ..Ahead::NOTHING };
         }
-        let block = (self.outputs.end + index) * layout.blocks_per_row() + terms.start / layout.block_size;
-        prefetch_scale(simd, self.weight, block);
+        let blocks = layout.blocks_per_row();
+        let block = self.outputs.end * blocks + terms.start / layout.block_size;
+        Ahead {
+            codes: codes.wrapping_add(strip * (row_bytes + start)),
+            code_stride: bytes,
+            scales: stored_scale(self.weight, block),
+            scale_stride: stored_scale(self.weight, blocks) as usize - stored_scale(self.weight, 0) as usize,
+        }
     }
 
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    fn fill_row(&mut self, simd: Avx512, row: usize, terms: Range<usize>, steps: usize, lines: Lines<'_>) {
-        match (self.method, self.numbers) {
-            (Method::RowCodes, Numbers::Int8) => copy_codes(simd, self.row_codes(row, terms), steps, lines),
-            (Method::RowCodes, _) => widen_codes(self.row_codes(row, terms), steps, lines),
-            _ => with_codes!(simd, self.weight, codes => self.fill_any(simd, codes, row, terms, steps, lines)),
+    fn tables(&self, rows: &Range<usize>, terms: &Range<usize>, ahead: Ahead) -> Rows<'_> {
+        let layout = self.weight.layout();
+        let Some(codebook) = self.weight.codebook() else { unreachable!("4-bit codes have a table") };
+        let (blocks, row_bytes) = (layout.blocks_per_row(), layout.row_bytes());
+        let first = rows.start * blocks;
+        Rows {
+            codebook: codebook.values(),
+            codes: &self.weight.codes()[(self.outputs.start + rows.start) * row_bytes + layout.bytes_of(terms.start)..],
+            row_bytes,
+            chunk_bytes: layout.bytes_of(terms.len()),
+            count: rows.len(),
+            scales: &self.scales[first..],
+            shifts: self.shifts.get(first..).unwrap_or_default(),
+            blocks,
+            block_of: Rows::blocks_from(terms.start, block_shift(layout), blocks),
+            ahead,
         }
     }
 
     /// The bytes of 8-bit codes.
-    fn row_codes(&self, row: usize, terms: Range<usize>) -> &'a [u8] {
+    fn row_codes(&self, row: usize, terms: &Range<usize>) -> &'a [u8] {
         let layout = self.weight.layout();
-        &self.weight.codes()[row * layout.row_bytes()..][terms]
+        &self.weight.codes()[row * layout.row_bytes()..][terms.clone()]
+    }
+}
+
+/// A panel to fill.
+struct Job<'a> {
+    filler: &'a Filler<'a>,
+    /// Outputs within the strip.
+    rows: Range<usize>,
+    terms: &'a Range<usize>,
+    /// Tiles side by side that count.
+    steps: usize,
+    ahead: Ahead,
+}
+
+impl Job<'_> {
+    /// The row of the weight that row `index` of the panel has; behind the last one, the last.
+    fn row(&self, index: usize) -> usize {
+        self.filler.outputs.start + (self.rows.start + index).min(self.rows.end - 1)
+    }
+
+    /// Asks for codes ahead, and for those of the row after `index`.
+    #[inline(always)]
+    fn ask(&self, simd: Avx512, index: usize) {
+        let Filler { weight, .. } = self.filler;
+        let layout = weight.layout();
+        let near = (self.row(index) + 1) * layout.row_bytes() + layout.bytes_of(self.terms.start);
+        self.ahead.ask(simd, index, weight.codes().as_ptr().wrapping_add(near), layout.bytes_of(self.terms.len()));
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    fn fill_by_tables<const PARTS: usize>(&self, simd: Avx512, terms: Range<usize>, steps: usize, panel: &mut [Line]) {
-        let layout = self.weight.layout();
-        let Some(codebook) = self.weight.codebook() else { unreachable!("4-bit codes have a table") };
-        // SAFETY: a codebook is a vector.
-        let codebook = unsafe { _mm512_loadu_ps(codebook.values().as_ptr()) };
-        let (blocks, row_bytes) = (layout.blocks_per_row(), layout.row_bytes());
-        let block_shift = block_shift(layout);
-        let groups = steps / Order::Nibbles.steps_of_group();
-        let part_lines = self.tiles * CHUNK_STEPS * ROWS;
-        assert!(panel.len() >= PARTS * part_lines);
-        for index in 0..self.tiles * ROWS {
-            let row = index.min(self.outputs.len() - 1);
-            let scales = &self.scales[row * blocks..][..blocks];
-            let shifts = self.shifts.get(row * blocks..).unwrap_or_default();
-            let codes = &self.weight.codes()[(self.outputs.start + row) * row_bytes + terms.start / 2..];
-            let mut line = (index / ROWS) * CHUNK_STEPS * ROWS + index % ROWS;
-            self.prefetch_next_strip(simd, row, &terms);
-            for group in 0..groups {
-                let col = terms.start + group * 2 * SMALLEST_TABLE_BLOCK;
-                // Columns behind the last are multiplied with zeros, by weights of the row's last block.
-                let [low, high] = [col, col + SMALLEST_TABLE_BLOCK].map(|col| {
-                    let block = (col >> block_shift).min(blocks - 1);
-                    let scale = _mm512_set1_ps(scales[block]);
-                    match shifts.get(block) {
-                        Some(&shift) => _mm512_fmadd_ps(codebook, scale, _mm512_set1_ps(shift)),
-                        None => _mm512_mul_ps(codebook, scale),
-                    }
-                });
-                let tables = split(low, high, PARTS);
-                let words = _mm512_castps_si512(load_words(simd, &codes[group * SMALLEST_TABLE_BLOCK..]));
-                let shifted = [
-                    _mm512_srli_epi16::<4>(words),
-                    words,
-                    _mm512_srli_epi16::<12>(words),
-                    _mm512_srli_epi16::<8>(words),
-                ];
-                for words in shifted {
-                    let index = table_index(words);
-                    for (part, table) in tables.iter().take(PARTS).enumerate() {
-                        // SAFETY: a line is a vector, and the panel has one for each part, tile, step and row.
-                        unsafe {
-                            let line = panel.as_mut_ptr().add(part * part_lines + line);
-                            _mm512_storeu_si512(line.cast(), _mm512_permutexvar_epi16(index, *table));
-                        }
-                    }
-                    line += ROWS;
-                }
-            }
+    fn fill_rows(&self, simd: Avx512, buffers: &mut Buffers, panel: &mut [Line]) {
+        let tiles = self.filler.tiles;
+        for index in 0..tiles * ROWS {
+            self.ask(simd, index);
+            self.fill_row(simd, index, buffers, Lines { panel, tiles, tile: index / ROWS, row: index % ROWS });
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-    fn fill_by_words<C: Codes<Avx512>>(
-        &mut self,
-        simd: Avx512,
-        codes: C,
-        terms: Range<usize>,
-        steps: usize,
-        panel: &mut [Line],
-    ) {
-        let (layout, parts) = (self.weight.layout(), self.numbers.w_parts());
+    fn fill_row(&self, simd: Avx512, index: usize, buffers: &mut Buffers, lines: Lines<'_>) {
+        let (filler, row) = (self.filler, self.row(index));
+        match (filler.method, filler.numbers) {
+            (Method::RowCodes, Numbers::Int8) => copy_codes(simd, filler.row_codes(row, self.terms), self.steps, lines),
+            (Method::RowCodes, _) => widen_codes(filler.row_codes(row, self.terms), self.steps, lines),
+            _ => with_codes!(simd, filler.weight, codes => self.fill_any(simd, codes, row, buffers, lines)),
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    fn fill_by_words<C: Codes<Avx512>>(&self, simd: Avx512, codes: C, panel: &mut [Line]) {
+        let Filler { weight, tiles, numbers, ref scales, ref shifts, .. } = *self.filler;
+        let (layout, parts) = (weight.layout(), numbers.w_parts());
         let (blocks, row_bytes, block_shift) = (layout.blocks_per_row(), layout.row_bytes(), block_shift(layout));
         let group_terms = C::PER_WORD * Avx512::LANES;
         let scale_of_lane = |last: usize| simd.index(|lane| ((lane * C::PER_WORD) >> block_shift).min(last));
         let whole = scale_of_lane(usize::MAX);
-        for index in 0..self.tiles * ROWS {
-            let row = index.min(self.outputs.len() - 1);
-            let bytes = &self.weight.codes()[(self.outputs.start + row) * row_bytes..];
-            self.prefetch_next_strip(simd, row, &terms);
-            for group in 0..steps * 2 / C::PER_WORD {
-                let col = terms.start + group * group_terms;
+        for index in 0..tiles * ROWS {
+            let row = self.row(index);
+            let bytes = &weight.codes()[row * row_bytes..];
+            let first_block = (row - self.filler.outputs.start) * blocks;
+            self.ask(simd, index);
+            for group in 0..self.terms.len().div_ceil(group_terms) {
+                let col = self.terms.start + group * group_terms;
                 let block = (col >> block_shift).min(blocks - 1);
                 // Columns behind the last are multiplied with zeros, by weights of the row's last block.
                 let lanes = if col + group_terms <= layout.cols { whole } else { scale_of_lane(blocks - 1 - block) };
                 // SAFETY: a vector lies behind every block's scale and shift.
                 let load =
-                    |values: &[f32]| unsafe { simd.permute(simd.load(values[row * blocks + block..].as_ptr()), lanes) };
-                let scale = load(&self.scales);
-                let shift = if self.shifts.is_empty() { simd.splat(0.0) } else { load(&self.shifts) };
+                    |values: &[f32]| unsafe { simd.permute(simd.load(values[first_block + block..].as_ptr()), lanes) };
+                let scale = load(scales);
+                let shift = if shifts.is_empty() { simd.splat(0.0) } else { load(shifts) };
                 let words = load_words(simd, bytes.get(layout.bytes_of(col)..).unwrap_or_default());
                 for step in 0..C::PER_WORD / 2 {
                     let pair = [0, 1].map(|i| simd.fma(codes.decode(simd, words, 2 * step + i), scale, shift));
-                    let mut lines = Lines { panel, tiles: self.tiles, tile: index / ROWS, row: index % ROWS };
+                    let mut lines = Lines { panel, tiles, tile: index / ROWS, row: index % ROWS };
                     for (part, w) in split(pair[0], pair[1], parts).into_iter().take(parts).enumerate() {
                         lines.store(part, group * C::PER_WORD / 2 + step, w);
                     }
@@ -315,19 +347,18 @@ impl<'a> Filler<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_any<C: Codes<Avx512>>(
-        &mut self,
+        &self,
         simd: Avx512,
         codes: C,
         row: usize,
-        terms: Range<usize>,
-        steps: usize,
+        Buffers { rows: [buffer, _], block_scales }: &mut Buffers,
         mut lines: Lines<'_>,
     ) {
-        let buffer = &mut self.rows[0];
-        buffer.resize(steps * 32, 0.0);
-        buffer[terms.len()..].fill(0.0);
-        decode_row(simd, codes, self.weight, row, terms.clone(), &mut self.block_scales, &mut buffer[..terms.len()]);
-        let parts = self.numbers.w_parts();
+        let count = self.terms.len();
+        buffer.resize(self.steps * 32, 0.0);
+        buffer[count..].fill(0.0);
+        decode_row(simd, codes, self.filler.weight, row, self.terms.clone(), block_scales, &mut buffer[..count]);
+        let parts = self.filler.numbers.w_parts();
         for (step, w) in buffer.chunks_exact(32).enumerate() {
             // SAFETY: 32 numbers are two vectors.
             unsafe {
@@ -343,33 +374,34 @@ impl<'a> Filler<'a> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn fill_pairs<C: Codes<Avx512>>(
-        &mut self,
+        &self,
         simd: Avx512,
         codes: C,
-        terms: Range<usize>,
-        steps: usize,
+        Buffers { rows, block_scales }: &mut Buffers,
         panel: &mut [Line],
     ) {
-        let parts = self.numbers.w_parts();
-        for pair in 0..steps * ROWS {
-            for (i, buffer) in self.rows.iter_mut().enumerate() {
-                buffer.resize(self.tiles * ROWS, 0.0);
-                let row = terms.start + 2 * pair + i;
-                let out = &mut buffer[..self.outputs.len()];
-                if row < terms.end {
-                    prefetch_codes(simd, self.weight, row + terms.len(), &self.outputs);
-                    decode_row(simd, codes, self.weight, row, self.outputs.clone(), &mut self.block_scales, out);
+        let Filler { weight, tiles, numbers, ref outputs, .. } = *self.filler;
+        let parts = numbers.w_parts();
+        let cols = outputs.start + self.rows.start..outputs.start + self.rows.end;
+        for pair in 0..self.steps * ROWS {
+            for (i, buffer) in rows.iter_mut().enumerate() {
+                buffer.resize(tiles * ROWS, 0.0);
+                let row = self.terms.start + 2 * pair + i;
+                let out = &mut buffer[..cols.len()];
+                if row < self.terms.end {
+                    prefetch_codes(simd, weight, row + self.terms.len(), &cols);
+                    decode_row(simd, codes, weight, row, cols.clone(), block_scales, out);
                 } else {
                     out.fill(0.0);
                 }
             }
-            let [even, odd] = &self.rows;
+            let [even, odd] = &*rows;
             for (tile, (even, odd)) in even.chunks_exact(ROWS).zip(odd.chunks_exact(ROWS)).enumerate() {
                 // SAFETY: sixteen numbers are a vector.
                 unsafe {
                     let split = split(_mm512_loadu_ps(even.as_ptr()), _mm512_loadu_ps(odd.as_ptr()), parts);
                     for (part, w) in split.into_iter().take(parts).enumerate() {
-                        let mut lines = Lines { panel, tiles: self.tiles, tile, row: pair % ROWS };
+                        let mut lines = Lines { panel, tiles, tile, row: pair % ROWS };
                         lines.store(part, pair / ROWS, interleave_halves(w));
                     }
                 }
@@ -409,7 +441,7 @@ impl Lines<'_> {
 /// 32 numbers in bf16: rounded where there is one part; else truncated, and the parts that follow hold what is left.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn split(low: __m512, high: __m512, parts: usize) -> [__m512i; 3] {
+pub(super) fn split(low: __m512, high: __m512, parts: usize) -> [__m512i; 3] {
     let mut out = [_mm512_castps_si512(_mm512_set1_ps(0.0)); 3];
     let mut numbers = [low, high];
     for out in &mut out[..parts - 1] {
@@ -419,25 +451,6 @@ fn split(low: __m512, high: __m512, parts: usize) -> [__m512i; 3] {
     // SAFETY: both are 512 bits of which every pattern is valid.
     out[parts - 1] = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(numbers[1], numbers[0])) };
     out
-}
-
-/// The low four bits of every word, and the half of the vector that it lies in as the fifth.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn table_index(words: __m512i) -> __m512i {
-    const AND_OR: i32 = 0xea; // a & b | c
-    const HALVES: [u16; 32] = {
-        let mut halves = [0; 32];
-        let mut i = LEN;
-        while i < 32 {
-            halves[i] = LEN as u16;
-            i += 1;
-        }
-        halves
-    };
-    // SAFETY: the array is a vector.
-    let halves = unsafe { _mm512_loadu_si512(HALVES.as_ptr().cast()) };
-    _mm512_ternarylogic_epi32::<AND_OR>(words, _mm512_set1_epi16(LEN as i16 - 1), halves)
 }
 
 /// Number `i` of the lower half beside number `i` of the upper, for all `i`.

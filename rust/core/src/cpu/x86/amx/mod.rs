@@ -1,12 +1,13 @@
 //! AMX: products of tiles of 16 rows of 64 bytes, the matrix unit of Intel's server processors since 2023.
 //!
-//! `product` multiplies, `fill` decodes weights into tiles, `pack` brings activations into tiles, `scratch` is
+//! `product` multiplies, `fill` and `tables` decode weights into tiles, `pack` brings activations into tiles, `scratch` is
 //! their memory, `tiles` has the instructions.
 
 mod fill;
 mod pack;
 mod product;
 mod scratch;
+mod tables;
 mod tiles;
 
 pub(in crate::cpu) use product::{Numbers, Product};

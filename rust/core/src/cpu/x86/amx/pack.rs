@@ -10,6 +10,8 @@ use std::arch::x86_64::{
     _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_shuffle_i32x4, _mm512_storeu_ps,
 };
 
+use half::bf16;
+
 use super::fill::Order;
 use super::product::{CHUNK_STEPS, Numbers};
 use super::scratch::Scratch;
@@ -18,6 +20,7 @@ use crate::cpu::activations::{Activations, largest_bits};
 use crate::cpu::parallel;
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
+use crate::dtype::Floats;
 
 /// Activations of all tokens in tiles.
 pub(super) struct Packed {
@@ -105,6 +108,14 @@ fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chu
     let mut tiles = vec![[simd.splat(0.0); ROWS]; parts * CHUNK_STEPS];
     for token_tile in 0..token_tiles {
         for (lane, token) in (token_tile * ROWS..).take(ROWS).enumerate() {
+            if let (1, None, Floats::Bfloat16(values)) = (parts, &places, x.values)
+                && token < x.tokens
+                && count == chunk_terms
+                && form.numbers != Numbers::Int8
+            {
+                copy_bf16(&values[token * x.stride + first..][..count], form.order, lane, &mut tiles);
+                continue;
+            }
             if token < x.tokens {
                 x.read(simd, token, first, &mut row[..count]);
                 row[count..].fill(0.0);
@@ -148,6 +159,22 @@ fn to_int8(simd: Avx512, row: &[f32], scale: f32, lane: usize, tiles: &mut [[__m
         }
         // SAFETY: a line is a vector.
         tile[lane] = unsafe { _mm512_loadu_ps(bytes.0.as_ptr().cast()) };
+    }
+}
+
+/// Rows of 32 bf16 as they are.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn copy_bf16(row: &[bf16], order: Order, lane: usize, tiles: &mut [[__m512; ROWS]]) {
+    for (x, tiles) in row.chunks_exact(4 * 32).zip(tiles.chunks_exact_mut(4)) {
+        // SAFETY: 32 numbers of 16 bits are a vector.
+        let mut rows = [0, 32, 64, 96].map(|at| unsafe { _mm512_loadu_si512(x[at..].as_ptr().cast()) });
+        if order == Order::Nibbles {
+            rows = in_order_of_nibbles(rows);
+        }
+        for (tile, row) in tiles.iter_mut().zip(rows) {
+            tile[lane] = _mm512_castsi512_ps(row);
+        }
     }
 }
 

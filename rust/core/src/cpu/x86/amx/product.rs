@@ -7,10 +7,10 @@ use std::arch::x86_64::{
 };
 use std::ops::Range;
 
-use super::fill::{Filler, Method};
+use super::fill::{Buffers, Filler, Method};
 use super::pack::{Form, Packed};
 use super::scratch::Scratch;
-use super::tiles::{Kind, Line, Operand, ROWS, Session, Sums, TILE_BYTES, multiply};
+use super::tiles::{self, Line, Operand, ROWS, Session, Sums, TILE_BYTES, multiply};
 use crate::cpu::activations::Activations;
 use crate::cpu::linear::Finish;
 use crate::cpu::panel::Direction;
@@ -20,10 +20,12 @@ use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
 use crate::storage::PackedWeight;
 
-/// Tiles that a chunk of the sum takes: with it four rows of tiles of weights take 32 KiB, two thirds of the L1 cache.
+/// Tiles that a chunk of the sum takes: with it a panel of two rows of tiles takes 16 KiB, a third of the L1
+/// cache, and as much of the activations is multiplied with it at once. Filling it is short enough for the matrix unit not to
+/// fall asleep, which it does after some 400 ns, to take as long until it is awake.
 pub(super) const CHUNK_STEPS: usize = 8;
-/// Rows of tiles of a strip that are multiplied at once.
-const TILES_AT_ONCE: usize = 4;
+/// Rows of tiles that are multiplied at once.
+const TILES_AT_ONCE: usize = 2;
 /// Outputs of a strip where activations take most of the L2 cache: they are read anew for every strip. Its sums with 512
 /// tokens take 1 MiB.
 const LARGE_STRIP: usize = 512;
@@ -72,13 +74,6 @@ impl Numbers {
     /// How many products of parts make a product.
     pub(in crate::cpu) fn product_count(self) -> usize {
         self.pairs().count()
-    }
-
-    fn kind(self) -> Kind {
-        match self {
-            Self::Bf16 { .. } => Kind::Bf16,
-            Self::Int8 => Kind::Int8,
-        }
     }
 
     /// Terms of a sum in a chunk.
@@ -145,64 +140,72 @@ impl<'a> Product<'a> {
     fn strips(&self, outputs: Range<usize>, step: usize, finish: &Finish<'_>) {
         // SAFETY: this function is compiled for its instructions, and called only where there are tiles.
         let (simd, session) = unsafe { (Avx512::new(), Session::start()) };
-        let tiles = step / ROWS;
         let (_, terms) = self.direction.outputs_and_terms(self.weight);
-        let mut panel = Scratch::take(self.numbers.w_parts() * tiles * CHUNK_STEPS * ROWS);
-        let mut sums = Scratch::take(tiles * self.x.token_tiles * ROWS);
+        let chunks = parallel::ranges(terms, self.numbers.chunk_terms());
+        let panel_tiles = if self.direction == Direction::Forward { TILES_AT_ONCE } else { step / ROWS };
+        let mut lines = Scratch::take(self.numbers.w_parts() * panel_tiles * CHUNK_STEPS * ROWS);
+        let tile_sums = self.x.token_tiles * ROWS;
+        let mut sums = Scratch::take(step / ROWS * tile_sums);
+        let mut buffers = Buffers::default();
         for first in outputs.clone().step_by(step) {
             let outputs = first..(first + step).min(outputs.end);
             let tiles = outputs.len().div_ceil(TILES_AT_ONCE * ROWS) * TILES_AT_ONCE;
-            let sums = &mut sums[..tiles * self.x.token_tiles * ROWS];
-            sums.fill(Line::ZERO);
-            let mut filler = Filler::new(simd, self.weight, (self.method, self.numbers), outputs.clone(), tiles);
-            for (chunk, terms) in parallel::ranges(terms, self.numbers.chunk_terms()).into_iter().enumerate() {
-                let steps = filler.fill(simd, terms, &mut panel);
-                for first in (0..tiles).step_by(TILES_AT_ONCE) {
-                    self.multiply(&session, &Panel { lines: &panel, tiles, chunk, steps }, first, sums);
+            let panel_tiles = panel_tiles.min(tiles);
+            let sums = &mut sums[..tiles * tile_sums];
+            let filler = Filler::new(simd, self.weight, (self.method, self.numbers), outputs.clone(), panel_tiles);
+            for (chunk, terms) in chunks.iter().enumerate() {
+                for (at, sums) in sums.chunks_exact_mut(panel_tiles * tile_sums).enumerate() {
+                    let steps = filler.fill(simd, at * panel_tiles * ROWS, terms, &mut buffers, &mut lines);
+                    let panel = Panel { lines: &lines, tiles: panel_tiles, chunk, steps };
+                    match self.numbers {
+                        Numbers::Bf16 { .. } => self.multiply::<tiles::Bf16>(&session, &panel, sums),
+                        Numbers::Int8 => self.multiply::<tiles::Int8>(&session, &panel, sums),
+                    }
                 }
             }
             self.hand_over(simd, outputs, sums, finish);
         }
     }
 
-    /// Adds the products of four rows of tiles of the panel, from `first` on, with all tokens: two times two, so that
-    /// every tile is used twice, with weights that stay in the L1 cache; and at last four times one.
-    fn multiply(&self, session: &Session, panel: &Panel<'_>, first: usize, sums: &mut [Line]) {
-        let tokens = self.x.token_tiles;
-        for tile in [first, first + 2] {
-            for token_tile in (0..tokens - tokens % 2).step_by(2) {
-                self.multiply_block(session, panel, (tile, token_tile), (2, 2), sums);
+    /// Adds the products of a panel with all tokens: two rows of tiles with two at once, so that every tile that is loaded
+    /// is used twice.
+    fn multiply<N: tiles::Numbers>(&self, session: &Session, panel: &Panel<'_>, sums: &mut [Line]) {
+        for tile in (0..panel.tiles).step_by(TILES_AT_ONCE) {
+            for token_tile in (0..self.x.token_tiles).step_by(2) {
+                let tokens = (self.x.token_tiles - token_tile).min(2);
+                for (index, parts) in self.numbers.pairs().enumerate() {
+                    let are_new = panel.chunk == 0 && index == 0;
+                    let (operands, counts, sums) = self.block(panel, parts, (tile, token_tile, tokens), sums, are_new);
+                    // SAFETY: panel and activations have CHUNK_STEPS tiles for each row of tiles, sums one for each pair.
+                    unsafe { multiply::<N>(session, counts, operands, sums, panel.steps) };
+                }
             }
-        }
-        if tokens % 2 == 1 {
-            self.multiply_block(session, panel, (first, tokens - 1), (4, 1), sums);
         }
     }
 
-    /// Adds the products of some rows of tiles of the panel and some tiles of tokens.
+    /// Left and right operand, how many rows of tiles of each, and their sums, of two rows of tiles of the panel and one
+    /// or two tiles of tokens.
     #[inline]
-    fn multiply_block(
+    fn block(
         &self,
-        session: &Session,
         panel: &Panel<'_>,
-        (tile, token_tile): (usize, usize),
-        (tiles, tokens): (usize, usize),
+        (w_part, x_part): (usize, usize),
+        (tile, token_tile, tokens): (usize, usize, usize),
         sums: &mut [Line],
-    ) {
+        are_new: bool,
+    ) -> ((Operand, Operand), (usize, usize), Sums) {
         let (of_weights, of_tokens) = (self.x.token_tiles * TILE_BYTES, TILE_BYTES);
-        let sums = sums[(tile * self.x.token_tiles + token_tile) * ROWS..].as_mut_ptr();
-        for (w_part, x_part) in self.numbers.pairs() {
-            let start = (w_part * panel.tiles + tile) * CHUNK_STEPS * ROWS;
-            let w = Operand { first: panel.lines[start..].as_ptr(), stride: CHUNK_STEPS * TILE_BYTES };
-            let x = self.x.operand(panel.chunk, x_part, token_tile);
-            let (operands, counts, strides) = match self.direction {
-                Direction::Forward => ((w, x), (tiles, tokens), (of_weights, of_tokens)),
-                Direction::Gradient => ((x, w), (tokens, tiles), (of_tokens, of_weights)),
-            };
-            let sums = Sums { first: sums, strides };
-            // SAFETY: panel and activations have CHUNK_STEPS tiles for each row of tiles, sums one for each pair, and
-            // the callers leave room for as many as are multiplied.
-            unsafe { multiply(session, self.numbers.kind(), counts, operands, sums, panel.steps) };
+        let start = (w_part * panel.tiles + tile) * CHUNK_STEPS * ROWS;
+        let w = Operand { first: panel.lines[start..].as_ptr(), stride: CHUNK_STEPS * TILE_BYTES };
+        let x = self.x.operand(panel.chunk, x_part, token_tile);
+        let first = sums[(tile * self.x.token_tiles + token_tile) * ROWS..].as_mut_ptr();
+        match self.direction {
+            Direction::Forward => {
+                ((w, x), (TILES_AT_ONCE, tokens), Sums { first, strides: (of_weights, of_tokens), are_new })
+            }
+            Direction::Gradient => {
+                ((x, w), (tokens, TILES_AT_ONCE), Sums { first, strides: (of_tokens, of_weights), are_new })
+            }
         }
     }
 

@@ -121,154 +121,225 @@ pub(super) struct Operand {
     pub(super) stride: usize,
 }
 
+impl Operand {
+    /// The tiles of a step, in two rows of tiles.
+    fn step(self, step: usize) -> [*const Line; 2] {
+        [step * TILE_BYTES, step * TILE_BYTES + self.stride].map(|bytes| self.first.wrapping_byte_add(bytes))
+    }
+}
+
 /// Tiles of sums: 16 rows of 16 numbers of 32 bits.
 #[derive(Clone, Copy)]
 pub(super) struct Sums {
     pub(super) first: *mut Line,
     /// Bytes from a tile to the one that belongs to the next row of the left operand, and of the right one.
     pub(super) strides: (usize, usize),
+    /// Whether nothing has been added to them yet, so that what is in memory does not count.
+    pub(super) are_new: bool,
 }
 
-/// What tiles hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Pairs of bf16, summed in fp32.
-    Bf16,
-    /// Quads of int8, summed in int32.
-    Int8,
+impl Sums {
+    fn at(self, left: usize, right: usize) -> *mut Line {
+        self.first.wrapping_byte_add(left * self.strides.0 + right * self.strides.1)
+    }
 }
 
-/// Defines a function that adds the products of `left` rows of tiles with `right` rows of tiles over `steps` tiles:
-/// sum tiles stay in registers, tiles are loaded once a step.
-macro_rules! multiply {
-    ($(#[$doc:meta])* $name:ident, $dot:literal, $left:tt x $right:tt) => {
-        $(#[$doc])*
-        ///
-        /// # Safety
-        /// Operands have `steps` tiles in each row of tiles, sums are writable.
-        unsafe fn $name(_: &Session, left: Operand, right: Operand, sums: Sums, steps: usize) {
-            let sum = |i: usize, j: usize| {
-                sums.first.wrapping_byte_add(i * sums.strides.0 + j * sums.strides.1)
-            };
-            // SAFETY: handed on to the caller; the session vouches for the instructions.
-            unsafe { multiply!(@asm $dot, $left x $right, left, right, sum, steps) }
+/// What is multiplied.
+pub(super) trait Numbers {
+    /// Adds the products of two tiles of either operand to four sums, in the tiles 0 to 3.
+    ///
+    /// # Safety
+    /// There are tiles at the addresses, and a [`Session`].
+    unsafe fn two_by_two(left: [*const Line; 2], right: [*const Line; 2]);
+    /// Adds the products of two tiles of the left operand with one of the right to two sums, in the tiles 0 and 1.
+    ///
+    /// # Safety
+    /// As [`Self::two_by_two`].
+    unsafe fn two_by_one(left: [*const Line; 2], right: *const Line);
+    /// The same with sides changed.
+    ///
+    /// # Safety
+    /// As [`Self::two_by_two`].
+    unsafe fn one_by_two(left: *const Line, right: [*const Line; 2]);
+}
+
+/// Pairs of bf16, summed in fp32.
+pub(super) struct Bf16;
+/// Quads of int8, summed in int32.
+pub(super) struct Int8;
+
+macro_rules! implement_numbers {
+    ($numbers:ty, $dot:literal) => {
+        impl Numbers for $numbers {
+            #[inline(always)]
+            unsafe fn two_by_two(left: [*const Line; 2], right: [*const Line; 2]) {
+                // SAFETY: handed on to the caller.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{l0} + {row}]",
+                        "tileloadd tmm6, [{r0} + {row}]",
+                        concat!($dot, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm7, [{r1} + {row}]",
+                        concat!($dot, " tmm1, tmm4, tmm7"),
+                        "tileloadd tmm5, [{l1} + {row}]",
+                        concat!($dot, " tmm2, tmm5, tmm6"),
+                        concat!($dot, " tmm3, tmm5, tmm7"),
+                        row = in(reg) ROW_BYTES,
+                        l0 = in(reg) left[0],
+                        l1 = in(reg) left[1],
+                        r0 = in(reg) right[0],
+                        r1 = in(reg) right[1],
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn two_by_one(left: [*const Line; 2], right: *const Line) {
+                // SAFETY: handed on to the caller.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm6, [{r} + {row}]",
+                        "tileloadd tmm4, [{l0} + {row}]",
+                        concat!($dot, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm5, [{l1} + {row}]",
+                        concat!($dot, " tmm1, tmm5, tmm6"),
+                        row = in(reg) ROW_BYTES,
+                        l0 = in(reg) left[0],
+                        l1 = in(reg) left[1],
+                        r = in(reg) right,
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn one_by_two(left: *const Line, right: [*const Line; 2]) {
+                // SAFETY: handed on to the caller.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{l} + {row}]",
+                        "tileloadd tmm6, [{r0} + {row}]",
+                        concat!($dot, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm7, [{r1} + {row}]",
+                        concat!($dot, " tmm1, tmm4, tmm7"),
+                        row = in(reg) ROW_BYTES,
+                        l = in(reg) left,
+                        r0 = in(reg) right[0],
+                        r1 = in(reg) right[1],
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
         }
     };
-    (@asm $dot:literal, 2 x 2, $l:ident, $r:ident, $sum:ident, $steps:ident) => {
-        asm!(
-            "tileloadd tmm0, [{c00} + {row}]",
-            "tileloadd tmm1, [{c01} + {row}]",
-            "tileloadd tmm2, [{c10} + {row}]",
-            "tileloadd tmm3, [{c11} + {row}]",
-            "2:",
-            "tileloadd tmm4, [{l0} + {row}]",
-            "tileloadd tmm6, [{r0} + {row}]",
-            concat!($dot, " tmm0, tmm4, tmm6"),
-            "tileloadd tmm7, [{r1} + {row}]",
-            concat!($dot, " tmm1, tmm4, tmm7"),
-            "tileloadd tmm5, [{l1} + {row}]",
-            concat!($dot, " tmm2, tmm5, tmm6"),
-            concat!($dot, " tmm3, tmm5, tmm7"),
-            "add {l0}, 1024",
-            "add {l1}, 1024",
-            "add {r0}, 1024",
-            "add {r1}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{c00} + {row}], tmm0",
-            "tilestored [{c01} + {row}], tmm1",
-            "tilestored [{c10} + {row}], tmm2",
-            "tilestored [{c11} + {row}], tmm3",
-            row = in(reg) ROW_BYTES,
-            steps = inout(reg) $steps => _,
-            l0 = inout(reg) $l.first => _,
-            l1 = inout(reg) $l.first.wrapping_byte_add($l.stride) => _,
-            r0 = inout(reg) $r.first => _,
-            r1 = inout(reg) $r.first.wrapping_byte_add($r.stride) => _,
-            c00 = in(reg) $sum(0, 0),
-            c01 = in(reg) $sum(0, 1),
-            c10 = in(reg) $sum(1, 0),
-            c11 = in(reg) $sum(1, 1),
-            options(nostack),
-        )
-    };
-    (@asm $dot:literal, 4 x 1, $l:ident, $r:ident, $sum:ident, $steps:ident) => {
-        multiply!(@four $dot, "tmm6, tmm4", "tmm7, tmm4", $l, $r, $sum(0, 0), $sum(1, 0), $sum(2, 0), $sum(3, 0), $steps)
-    };
-    (@asm $dot:literal, 1 x 4, $l:ident, $r:ident, $sum:ident, $steps:ident) => {
-        multiply!(@four $dot, "tmm4, tmm6", "tmm4, tmm7", $r, $l, $sum(0, 0), $sum(0, 1), $sum(0, 2), $sum(0, 3), $steps)
-    };
-    (@four $dot:literal, $even:literal, $odd:literal, $many:ident, $one:ident, $c0:expr, $c1:expr, $c2:expr, $c3:expr, $steps:ident) => {
-        asm!(
-            "tileloadd tmm0, [{c0} + {row}]",
-            "tileloadd tmm1, [{c1} + {row}]",
-            "tileloadd tmm2, [{c2} + {row}]",
-            "tileloadd tmm3, [{c3} + {row}]",
-            "2:",
-            "tileloadd tmm4, [{one} + {row}]",
-            "tileloadd tmm6, [{m0} + {row}]",
-            concat!($dot, " tmm0, ", $even),
-            "tileloadd tmm7, [{m1} + {row}]",
-            concat!($dot, " tmm1, ", $odd),
-            "tileloadd tmm6, [{m2} + {row}]",
-            concat!($dot, " tmm2, ", $even),
-            "tileloadd tmm7, [{m3} + {row}]",
-            concat!($dot, " tmm3, ", $odd),
-            "add {one}, 1024",
-            "add {m0}, 1024",
-            "add {m1}, 1024",
-            "add {m2}, 1024",
-            "add {m3}, 1024",
-            "dec {steps}",
-            "jnz 2b",
-            "tilestored [{c0} + {row}], tmm0",
-            "tilestored [{c1} + {row}], tmm1",
-            "tilestored [{c2} + {row}], tmm2",
-            "tilestored [{c3} + {row}], tmm3",
-            row = in(reg) ROW_BYTES,
-            steps = inout(reg) $steps => _,
-            one = inout(reg) $one.first => _,
-            m0 = inout(reg) $many.first => _,
-            m1 = inout(reg) $many.first.wrapping_byte_add($many.stride) => _,
-            m2 = inout(reg) $many.first.wrapping_byte_add(2 * $many.stride) => _,
-            m3 = inout(reg) $many.first.wrapping_byte_add(3 * $many.stride) => _,
-            c0 = in(reg) $c0,
-            c1 = in(reg) $c1,
-            c2 = in(reg) $c2,
-            c3 = in(reg) $c3,
-            options(nostack),
-        )
-    };
 }
 
-multiply!(bf16_2x2, "tdpbf16ps", 2 x 2);
-multiply!(bf16_4x1, "tdpbf16ps", 4 x 1);
-multiply!(bf16_1x4, "tdpbf16ps", 1 x 4);
-multiply!(int8_2x2, "tdpbssd", 2 x 2);
-multiply!(int8_4x1, "tdpbssd", 4 x 1);
+implement_numbers!(Bf16, "tdpbf16ps");
+implement_numbers!(Int8, "tdpbssd");
 
-/// Adds to `sums` the products of four tiles: 2 rows of tiles of either operand, or 4 of one and 1 of the other.
+/// Where the sums of the tiles 0 and 1 are in memory, or those of 0 to 3.
+#[derive(Clone, Copy)]
+enum Places {
+    Two([*mut Line; 2]),
+    Four([*mut Line; 4]),
+}
+
+impl Places {
+    /// Loads the sums.
+    ///
+    /// # Safety
+    /// There are tiles at the addresses, and a [`Session`].
+    #[inline(always)]
+    unsafe fn load(self) {
+        // SAFETY: handed on to the caller.
+        unsafe {
+            match self {
+                Self::Two([c0, c1]) => asm!(
+                    "tileloadd tmm0, [{c0} + {row}]",
+                    "tileloadd tmm1, [{c1} + {row}]",
+                    row = in(reg) ROW_BYTES, c0 = in(reg) c0, c1 = in(reg) c1,
+                    options(nostack, preserves_flags, readonly),
+                ),
+                Self::Four([c0, c1, c2, c3]) => asm!(
+                    "tileloadd tmm0, [{c0} + {row}]",
+                    "tileloadd tmm1, [{c1} + {row}]",
+                    "tileloadd tmm2, [{c2} + {row}]",
+                    "tileloadd tmm3, [{c3} + {row}]",
+                    row = in(reg) ROW_BYTES, c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
+                    options(nostack, preserves_flags, readonly),
+                ),
+            }
+        }
+    }
+
+    /// Stores the sums.
+    ///
+    /// # Safety
+    /// As [`Self::load`], writable.
+    #[inline(always)]
+    unsafe fn store(self) {
+        // SAFETY: handed on to the caller.
+        unsafe {
+            match self {
+                Self::Two([c0, c1]) => asm!(
+                    "tilestored [{c0} + {row}], tmm0",
+                    "tilestored [{c1} + {row}], tmm1",
+                    row = in(reg) ROW_BYTES, c0 = in(reg) c0, c1 = in(reg) c1,
+                    options(nostack, preserves_flags),
+                ),
+                Self::Four([c0, c1, c2, c3]) => asm!(
+                    "tilestored [{c0} + {row}], tmm0",
+                    "tilestored [{c1} + {row}], tmm1",
+                    "tilestored [{c2} + {row}], tmm2",
+                    "tilestored [{c3} + {row}], tmm3",
+                    row = in(reg) ROW_BYTES, c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
+                    options(nostack, preserves_flags),
+                ),
+            }
+        }
+    }
+}
+
+/// Adds to `sums` the products of one or two rows of tiles of either operand, of one of them two. Sums stay in registers.
 ///
 /// # Safety
-/// Operands have `steps` tiles, at least one, in each row of tiles; sums are writable.
-pub(super) unsafe fn multiply(
-    session: &Session,
-    kind: Kind,
+/// Operands have `steps` tiles in each row of tiles, sums are writable.
+#[inline(always)]
+pub(super) unsafe fn multiply<N: Numbers>(
+    _: &Session,
     rows_of_tiles: (usize, usize),
     (left, right): (Operand, Operand),
     sums: Sums,
     steps: usize,
 ) {
-    debug_assert!(steps > 0);
+    let places = match rows_of_tiles {
+        (2, 2) => Places::Four([sums.at(0, 0), sums.at(0, 1), sums.at(1, 0), sums.at(1, 1)]),
+        (2, 1) => Places::Two([sums.at(0, 0), sums.at(1, 0)]),
+        (1, 2) => Places::Two([sums.at(0, 0), sums.at(0, 1)]),
+        _ => unreachable!("no kernel for {rows_of_tiles:?}"),
+    };
     // SAFETY: handed on to the caller.
     unsafe {
-        match (kind, rows_of_tiles) {
-            (Kind::Bf16, (2, 2)) => bf16_2x2(session, left, right, sums, steps),
-            (Kind::Bf16, (4, 1)) => bf16_4x1(session, left, right, sums, steps),
-            (Kind::Bf16, (1, 4)) => bf16_1x4(session, left, right, sums, steps),
-            (Kind::Int8, (2, 2)) => int8_2x2(session, left, right, sums, steps),
-            (Kind::Int8, (4, 1)) => int8_4x1(session, left, right, sums, steps),
-            _ => unreachable!("no kernel for {kind:?} {rows_of_tiles:?}"),
+        if sums.are_new {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, nomem, preserves_flags)
+            );
+        } else {
+            places.load();
         }
+        for step in 0..steps {
+            let (left, right) = (left.step(step), right.step(step));
+            match rows_of_tiles {
+                (2, 2) => N::two_by_two(left, right),
+                (2, 1) => N::two_by_one(left, right[0]),
+                _ => N::one_by_two(left[0], right),
+            }
+        }
+        places.store();
     }
 }
