@@ -46,7 +46,12 @@ pub fn quantize<T: Element>(
             let mut scales = vec![0.0; codes.len()];
             let mut plain = PackedWeightMut { scales: ScalesMut::Plain(FloatsMut::Float32(&mut scales)), ..out };
             quantize_blocks(isa, source, &mut plain, nonfinite, threads)?;
-            *offset = double_quant::quantize(&scales, codes, scale_2);
+            *offset = double_quant::offset(&scales);
+            let scales = scales.chunks(SCALES_AT_ONCE);
+            let out = codes.chunks_mut(SCALES_AT_ONCE).zip(scale_2.chunks_mut(SCALES_AT_ONCE / double_quant::BLOCK));
+            parallel::for_each(threads, scales.zip(out).collect(), |(scales, (codes, scale_2))| {
+                double_quant::quantize_blocks(scales, *offset, codes, scale_2);
+            });
             Ok(())
         }
         ScalesMut::Plain(_) => quantize_blocks(isa, source, &mut { out }, nonfinite, threads),
@@ -65,6 +70,8 @@ struct Part<'a> {
 
 /// Columns that are widened at once, a multiple of every block size but that of whole rows.
 const STEP: usize = 4096;
+/// Scales that one thread quantizes before it asks for more.
+const SCALES_AT_ONCE: usize = 64 * double_quant::BLOCK;
 /// Rows that are read together: a cache line of a transposed 16-bit matrix.
 const ROWS: usize = 32;
 

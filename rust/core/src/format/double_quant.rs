@@ -11,15 +11,19 @@ use crate::codebook::dynamic_map;
 /// Scales that share a second-level scale.
 pub const BLOCK: usize = 256;
 
-/// Quantizes `scales` into `codes` and `scale_2` (one per [`BLOCK`], rounded up) and returns the offset, their mean.
-///
-/// The mean is summed in f64, so it does not depend on the order; codes are the exact nearest values of the dynamic
-/// map, ties to the even code. A NaN scale counts nothing in the mean and makes its 256 neighbours NaN.
-pub fn quantize(scales: &[f32], codes: &mut [u8], scale_2: &mut [f32]) -> f32 {
+/// What the codes of `scales` count from: the mean of those that are finite, summed in f64, so that it does not depend on the
+/// order.
+pub fn offset(scales: &[f32]) -> f32 {
     let finite = || scales.iter().filter(|scale| scale.is_finite()).map(|&scale| f64::from(scale));
     // The sum of nothing is -0.
     let mean = (finite().sum::<f64>() + 0.0) / finite().count().max(1) as f64;
-    let offset = mean as f32;
+    mean as f32
+}
+
+/// Quantizes `scales`, from the first of a block on, into `codes` and `scale_2`, one per [`BLOCK`], rounded up.
+///
+/// Codes are the exact nearest values of the dynamic map, ties to the even code. A NaN scale makes its 256 neighbours NaN.
+pub fn quantize_blocks(scales: &[f32], offset: f32, codes: &mut [u8], scale_2: &mut [f32]) {
     for ((block, codes), scale_2) in scales.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)).zip(scale_2) {
         let absmax = if block.iter().all(|scale| scale.is_finite()) {
             block.iter().map(|&scale| (scale - offset).abs()).fold(0.0, f32::max)
@@ -33,7 +37,6 @@ pub fn quantize(scales: &[f32], codes: &mut [u8], scale_2: &mut [f32]) -> f32 {
             *code = nearest((scale - offset) * inverse);
         }
     }
-    offset
 }
 
 /// The scale of one code, with the two fp32 roundings of bitsandbytes' definition.

@@ -7,8 +7,8 @@ use std::arch::x86_64::{
     _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepi8_epi32, _mm512_cvtepi32_epi8,
     _mm512_cvtepi32_epi16, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtepu8_epi64, _mm512_cvtepu16_epi32,
     _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_cvtps_ph, _mm512_cvtsepi32_epi8, _mm512_fmadd_ps, _mm512_i32gather_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_add_epi32, _mm512_mask_mov_epi32, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_add_epi32, _mm512_mask_mov_epi32, _mm512_maskz_set1_epi32,
+    _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_slli_epi64, _mm512_sllv_epi32, _mm512_srai_epi32,
     _mm512_srli_epi32, _mm512_srli_epi64, _mm512_srlv_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
     _mm512_unpacklo_pd, _mm512_unpacklo_ps,
@@ -201,11 +201,19 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn rank(self, v: __m512, thresholds: &[f32; codebook::LEN - 1], to: *mut u8) {
+        // Thresholds ascend, so four comparisons find how many are below: each with the one in the middle of those left.
+        // The vectors of thresholds overlap; the last lane, of which none is asked for, repeats the one before.
+        let [fours, twos, ones]: [[f32; LANES]; 3] =
+            [3, 1, 0].map(|first| std::array::from_fn(|lane| thresholds[(lane + first).min(codebook::LEN - 2)]));
         unsafe {
-            let mut rank = _mm512_setzero_si512();
-            for &threshold in thresholds {
-                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(v, _mm512_set1_ps(threshold));
-                rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(v, _mm512_set1_ps(thresholds[7]));
+            let mut rank = _mm512_maskz_set1_epi32(above, 8);
+            for (thresholds, step) in [(&fours, 4), (&twos, 2), (&ones, 1)] {
+                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(
+                    v,
+                    _mm512_permutexvar_ps(rank, _mm512_loadu_ps(thresholds.as_ptr())),
+                );
+                rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
             }
             _mm_storeu_si128(to.cast::<__m128i>(), _mm512_cvtepi32_epi8(rank));
         }

@@ -11,8 +11,8 @@ use std::arch::x86_64::{
 use std::ops::Range;
 
 use super::pack::{upper_halves, without_upper_half};
-use super::product::{CHUNK_STEPS, Numbers};
-use super::tables::{GROUP_STEPS, Rows, TABLE_COLS};
+use super::product::{CHUNK_STEPS, Numbers, PANEL_LINES, TILES_AT_ONCE};
+use super::tables::{GROUP_STEPS, GROUP_TILES, Pairs, Rows, TABLE_COLS};
 use super::tiles::{Line, ROW_BYTES, ROWS};
 use crate::cpu::codes::{Codes, load_words, with_codes};
 use crate::cpu::dequantize::{BlockScales, decode_row};
@@ -66,21 +66,28 @@ pub(super) enum Method {
     Rows,
     /// For the gradient.
     PairsOfRows,
+    /// The same through tables.
+    PairTables,
 }
 
 impl Method {
     pub(super) fn choose(weight: &PackedWeight<'_>, direction: Direction, numbers: Numbers) -> Self {
         let layout = weight.layout();
         debug_assert!(numbers != Numbers::Int8 || weight.is_int8_by_rows());
+        let has_tables = layout.bits == 4 && !layout.straddles_rows && has_table_blocks(weight);
         match direction {
+            Direction::Gradient if has_tables => Self::PairTables,
             Direction::Gradient => Self::PairsOfRows,
             Direction::Forward if weight.is_int8_by_rows() => Self::RowCodes,
-            Direction::Forward if layout.bits == 4 && !layout.straddles_rows && has_table_blocks(weight) => {
-                Self::Tables
-            }
+            Direction::Forward if has_tables => Self::Tables,
             Direction::Forward if !layout.straddles_rows => Self::Words,
             Direction::Forward => Self::Rows,
         }
+    }
+
+    /// Rows of tiles that a panel has a multiple of.
+    pub(super) fn tiles_at_once(self) -> usize {
+        if self == Self::PairTables { GROUP_TILES } else { TILES_AT_ONCE }
     }
 
     pub(super) fn order(self, weight: &PackedWeight<'_>) -> Order {
@@ -179,7 +186,7 @@ impl<'a> Filler<'a> {
         Self { weight, method, numbers, outputs, tiles, scales, shifts }
     }
 
-    /// Fills `panel`, `[parts][tiles][CHUNK_STEPS]` tiles, with a chunk of terms of the strip's outputs from `first` on;
+    /// Fills `panel`, `[parts][tiles]` rows of tiles, with a chunk of terms of the strip's outputs from `first` on;
     /// returns how many steps count.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     pub(super) fn fill(
@@ -198,6 +205,12 @@ impl<'a> Filler<'a> {
         let weight = self.weight;
         if self.method == Method::Tables {
             self.tables(&rows, terms, ahead).fill(simd, (self.numbers.w_parts(), self.tiles), panel);
+            return steps;
+        }
+        if self.method == Method::PairTables {
+            let cols = self.outputs.start + rows.start..self.outputs.start + rows.end;
+            let pairs = Pairs { weight, cols, rows: terms.clone(), block_shift: block_shift(weight.layout()) };
+            pairs.fill(simd, steps, (self.numbers.w_parts(), self.tiles), panel);
             return steps;
         }
         let job = Job { filler: self, rows, terms, steps, ahead };
@@ -412,7 +425,7 @@ impl Job<'_> {
 
 /// Asks for the codes of some columns of a row, which need not exist.
 #[inline(always)]
-fn prefetch_codes(simd: Avx512, weight: &PackedWeight<'_>, row: usize, cols: &Range<usize>) {
+pub(super) fn prefetch_codes(simd: Avx512, weight: &PackedWeight<'_>, row: usize, cols: &Range<usize>) {
     let layout = weight.layout();
     let first = weight.codes().as_ptr().wrapping_add(row * layout.row_bytes() + layout.bytes_of(cols.start));
     for line in (0..layout.bytes_of(cols.len())).step_by(ROW_BYTES) {
@@ -432,7 +445,7 @@ impl Lines<'_> {
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn store(&mut self, part: usize, step: usize, v: __m512i) {
-        let at = ((part * self.tiles + self.tile) * CHUNK_STEPS + step) * ROWS + self.row;
+        let at = (part * self.tiles + self.tile) * PANEL_LINES + step * ROWS + self.row;
         // SAFETY: a line is a vector.
         unsafe { _mm512_storeu_si512(self.panel[at].0.as_mut_ptr().cast(), v) };
     }

@@ -3,14 +3,16 @@
 //! A strip's sums stay in the cache, a chunk of its weights is decoded once and meets all tokens.
 
 use std::arch::x86_64::{
-    __m512, _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_ps,
+    __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+    _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
 use super::fill::{Buffers, Filler, Method};
 use super::pack::{Form, Packed};
 use super::scratch::Scratch;
-use super::tiles::{self, Line, Operand, ROWS, Session, Sums, TILE_BYTES, multiply};
+use super::tiles::{self, Line, Operand, ROW_BYTES, ROWS, Session, Sums, TILE_BYTES, multiply};
 use crate::cpu::activations::Activations;
 use crate::cpu::linear::Finish;
 use crate::cpu::panel::Direction;
@@ -24,11 +26,14 @@ use crate::storage::PackedWeight;
 /// cache, and as much of the activations is multiplied with it at once. Filling it is short enough for the matrix unit not to
 /// fall asleep, which it does after some 400 ns, to take as long until it is awake.
 pub(super) const CHUNK_STEPS: usize = 8;
+/// Lines from a row of tiles in a panel to the next: one more than there are, so that lines below each other do not compete for
+/// one set of the L1 cache.
+pub(super) const PANEL_LINES: usize = CHUNK_STEPS * ROWS + 1;
 /// Rows of tiles that are multiplied at once.
-const TILES_AT_ONCE: usize = 2;
+pub(super) const TILES_AT_ONCE: usize = 2;
 /// Outputs of a strip where activations take most of the L2 cache: they are read anew for every strip. Its sums with 512
 /// tokens take 1 MiB.
-const LARGE_STRIP: usize = 512;
+pub(super) const LARGE_STRIP: usize = 512;
 /// Bytes of activations from which on strips are large.
 const MANY_ACTIVATIONS: usize = 1 << 20;
 
@@ -85,7 +90,8 @@ impl Numbers {
     }
 }
 
-/// The decoded weights of a chunk: `[parts][tiles][CHUNK_STEPS]` tiles, of which `steps` count.
+/// The decoded weights of a chunk: `[parts][tiles]` rows of [`CHUNK_STEPS`] tiles, of which `steps` count,
+/// [`PANEL_LINES`] apart.
 struct Panel<'a> {
     lines: &'a [Line],
     tiles: usize,
@@ -124,7 +130,7 @@ impl<'a> Product<'a> {
     /// Computes it and hands it over, up to 16 tokens at once.
     pub(in crate::cpu) fn run(&self, threads: usize, finish: &Finish<'_>) {
         let (outputs, _) = self.direction.outputs_and_terms(self.weight);
-        let small = TILES_AT_ONCE * ROWS;
+        let small = self.method.tiles_at_once() * ROWS;
         let step = outputs.div_ceil(4 * threads.max(1)).next_multiple_of(small).min(LARGE_STRIP);
         // For the gradient, a strip is as many columns of every row of the weight: the more, the better.
         let is_small = self.direction == Direction::Forward && self.x.bytes() < MANY_ACTIVATIONS;
@@ -142,14 +148,21 @@ impl<'a> Product<'a> {
         let (simd, session) = unsafe { (Avx512::new(), Session::start()) };
         let (_, terms) = self.direction.outputs_and_terms(self.weight);
         let chunks = parallel::ranges(terms, self.numbers.chunk_terms());
-        let panel_tiles = if self.direction == Direction::Forward { TILES_AT_ONCE } else { step / ROWS };
-        let mut lines = Scratch::take(self.numbers.w_parts() * panel_tiles * CHUNK_STEPS * ROWS);
+        let at_once = self.method.tiles_at_once();
+        // A row of a panel of few columns is a short piece of memory, which counts where weights are read for few tokens.
+        let is_wide = match self.method {
+            Method::PairsOfRows => true,
+            Method::PairTables => self.x.bytes() < MANY_ACTIVATIONS,
+            _ => false,
+        };
+        let panel_tiles = if is_wide { step / ROWS } else { at_once };
+        let mut lines = Scratch::take(self.numbers.w_parts() * panel_tiles * PANEL_LINES);
         let tile_sums = self.x.token_tiles * ROWS;
         let mut sums = Scratch::take(step / ROWS * tile_sums);
         let mut buffers = Buffers::default();
         for first in outputs.clone().step_by(step) {
             let outputs = first..(first + step).min(outputs.end);
-            let tiles = outputs.len().div_ceil(TILES_AT_ONCE * ROWS) * TILES_AT_ONCE;
+            let tiles = outputs.len().div_ceil(at_once * ROWS) * at_once;
             let panel_tiles = panel_tiles.min(tiles);
             let sums = &mut sums[..tiles * tile_sums];
             let filler = Filler::new(simd, self.weight, (self.method, self.numbers), outputs.clone(), panel_tiles);
@@ -195,8 +208,8 @@ impl<'a> Product<'a> {
         are_new: bool,
     ) -> ((Operand, Operand), (usize, usize), Sums) {
         let (of_weights, of_tokens) = (self.x.token_tiles * TILE_BYTES, TILE_BYTES);
-        let start = (w_part * panel.tiles + tile) * CHUNK_STEPS * ROWS;
-        let w = Operand { first: panel.lines[start..].as_ptr(), stride: CHUNK_STEPS * TILE_BYTES };
+        let start = (w_part * panel.tiles + tile) * PANEL_LINES;
+        let w = Operand { first: panel.lines[start..].as_ptr(), stride: PANEL_LINES * ROW_BYTES };
         let x = self.x.operand(panel.chunk, x_part, token_tile);
         let first = sums[(tile * self.x.token_tiles + token_tile) * ROWS..].as_mut_ptr();
         match self.direction {
@@ -222,25 +235,59 @@ impl<'a> Product<'a> {
         let mut strip = vec![0.0; ROWS * stride];
         for token_tile in 0..token_tiles {
             let tokens = token_tile * ROWS..((token_tile + 1) * ROWS).min(self.tokens);
-            for (tile, factors) in factors.chunks_exact(ROWS).enumerate() {
-                let lines = &sums[(tile * token_tiles + token_tile) * ROWS..][..ROWS];
-                let mut rows = [simd.splat(0.0); ROWS];
-                for (row, line) in rows.iter_mut().zip(lines) {
-                    *row = self.sums_of(line);
-                }
-                if self.direction == Direction::Forward {
-                    simd.transpose(&mut rows);
-                }
-                for (i, (token, row)) in tokens.clone().zip(rows).enumerate() {
-                    let scale = self.x.scales.get(token).copied().unwrap_or(1.0);
-                    // SAFETY: factors and the strip have a vector for every tile.
-                    unsafe {
-                        let factor = _mm512_mul_ps(_mm512_loadu_ps(factors.as_ptr()), _mm512_set1_ps(scale));
-                        simd.store(strip[i * stride + tile * ROWS..].as_mut_ptr(), _mm512_mul_ps(row, factor));
-                    }
-                }
+            let sums = |tile: usize| &sums[(tile * token_tiles + token_tile) * ROWS..][..ROWS];
+            if self.method == Method::PairTables {
+                self.tables_in_order(simd, sums, &mut strip, stride);
+            } else {
+                self.tiles_in_order(simd, sums, (tokens.clone(), &factors), &mut strip, stride);
             }
             finish(tokens, outputs.clone(), &strip, stride);
+        }
+    }
+
+    /// The sums of sixteen tokens as rows of outputs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    fn tiles_in_order<'s>(
+        &self,
+        simd: Avx512,
+        sums: impl Fn(usize) -> &'s [Line],
+        (tokens, factors): (Range<usize>, &[f32]),
+        strip: &mut [f32],
+        stride: usize,
+    ) {
+        for (tile, factors) in factors.chunks_exact(ROWS).enumerate() {
+            let mut rows = [simd.splat(0.0); ROWS];
+            for (row, line) in rows.iter_mut().zip(sums(tile)) {
+                *row = self.sums_of(line);
+            }
+            if self.direction == Direction::Forward {
+                simd.transpose(&mut rows);
+            }
+            for (i, (token, row)) in tokens.clone().zip(rows).enumerate() {
+                let scale = self.x.scales.get(token).copied().unwrap_or(1.0);
+                // SAFETY: factors and the strip have a vector for every tile.
+                unsafe {
+                    let factor = _mm512_mul_ps(_mm512_loadu_ps(factors.as_ptr()), _mm512_set1_ps(scale));
+                    simd.store(strip[i * stride + tile * ROWS..].as_mut_ptr(), _mm512_mul_ps(row, factor));
+                }
+            }
+        }
+    }
+
+    /// The same of [`Method::PairTables`], where each of four tiles has every fourth column.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+    fn tables_in_order<'s>(&self, simd: Avx512, sums: impl Fn(usize) -> &'s [Line], strip: &mut [f32], stride: usize) {
+        for tile in (0..stride / ROWS).step_by(4) {
+            let lines = [sums(tile), sums(tile + 1), sums(tile + 2), sums(tile + 3)];
+            for (token, strip) in strip.chunks_exact_mut(stride).enumerate() {
+                let columns = interleaved(lines.map(|lines| self.sums_of(&lines[token])));
+                for (columns, strip) in columns.into_iter().zip(strip[tile * ROWS..].chunks_exact_mut(ROWS)) {
+                    // SAFETY: a row of a tile is a vector.
+                    unsafe { simd.store(strip.as_mut_ptr(), columns) };
+                }
+            }
         }
     }
 
@@ -255,4 +302,30 @@ impl<'a> Product<'a> {
             }
         }
     }
+}
+
+/// The numbers of four vectors in turn: the first of each, then the second of each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn interleaved([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
+    let pairs = |low, high| (_mm512_castps_pd(low), _mm512_castps_pd(high));
+    let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+    let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+    let ((ab, cd), (ab_high, cd_high)) = (pairs(ab, cd), pairs(ab_high, cd_high));
+    // Quarter i of vector j has the numbers 4 * i + j of all four.
+    let [a, b, c, d] = [
+        _mm512_unpacklo_pd(ab, cd),
+        _mm512_unpackhi_pd(ab, cd),
+        _mm512_unpacklo_pd(ab_high, cd_high),
+        _mm512_unpackhi_pd(ab_high, cd_high),
+    ]
+    .map(|v| _mm512_castpd_ps(v));
+    let (ab_low, ab_high) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+    let (cd_low, cd_high) = (_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+    [
+        _mm512_shuffle_f32x4::<0x88>(ab_low, cd_low),
+        _mm512_shuffle_f32x4::<0xdd>(ab_low, cd_low),
+        _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
+        _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
+    ]
 }
