@@ -127,7 +127,7 @@ class PackedWeight:
     - ``data``: the codes. uint8 [N, ceil(K / 2)] in 4 bits, the high nibble first, or int8 [N, K];
     - ``scale``: one a block, [N, ceil(K / block_size)] in ``spec.scale_dtype``, or uint8 codes of the dynamic map
       under double quantization, then with ``scale_2`` (float32, one for 256 scales) and ``scale_offset`` (float32 [1]);
-    - ``shift``: like ``scale``, of uint4 alone; ``codebook``: float32 [2..16], of custom formats alone;
+    - ``shift``: like ``scale``, of uint4 and uint8 alone; ``codebook``: float32 [2..16], of custom formats alone;
     - ``permutation``: int32 [K], where columns were sorted before they were cut into blocks (GPTQ's desc_act). Column j
       of what the other tensors hold is then column ``permutation[j]`` of the weight; a product takes
       ``x[..., permutation]``.
