@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_rs._native import Spec
+from lowbit_rs._ops import check_activation
 from lowbit_rs.errors import LowbitError, invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear_grouped, quantize
 from lowbit_rs.nn._base import cast_of, keeping_dtypes, misfit
@@ -49,6 +50,7 @@ class QuantExperts(nn.Module):
 
     dtype: torch.dtype
     compute_dtype: torch.dtype | None
+    activation: str
     has_gate: bool
     has_bias: bool
     act_fn: Callable[[Tensor], Tensor]
@@ -69,11 +71,12 @@ class QuantExperts(nn.Module):
         nonfinite: str = "error",
         *,
         compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
         scale_dtype: torch.dtype | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
     ) -> QuantExperts:
-        """The module ``experts`` with packed matrices. Options as in lowbit_rs.quantize.
+        """The module ``experts`` with packed matrices. Options as in lowbit_rs.quantize and QuantLinear.
 
         Raises InvalidArgument for a module without stacked experts, for matrices without values (meta device), and as
         quantize.
@@ -91,11 +94,16 @@ class QuantExperts(nn.Module):
                 block_order=block_order,
                 signed_absmax=signed_absmax,
             )
-        return cls.from_packed(experts, packed, compute_dtype=compute_dtype)
+        return cls.from_packed(experts, packed, compute_dtype=compute_dtype, activation=activation)
 
     @classmethod
     def from_packed(
-        cls, experts: nn.Module, packed: Mapping[str, PackedWeight], *, compute_dtype: torch.dtype | None = None
+        cls,
+        experts: nn.Module,
+        packed: Mapping[str, PackedWeight],
+        *,
+        compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
     ) -> QuantExperts:
         """The module ``experts`` with the stacks ``packed`` [experts, outputs, inputs] in place of its own, by name."""
         names = _require_stacks(experts)
@@ -103,11 +111,13 @@ class QuantExperts(nn.Module):
             raise invalid("packed", sorted(packed), f"the stacks {', '.join(names)}")
         if compute_dtype is not None:
             dtype_name(compute_dtype, "compute_dtype")
+        check_activation(activation)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         _take_over(experts, new, without=names)
         new._kind = type(experts)
         new.compute_dtype = compute_dtype
+        new.activation = activation
         new.dtype = packed["down_proj"].dtype
         new._stacks = {}
         for name in names:
@@ -148,7 +158,7 @@ class QuantExperts(nn.Module):
         experts: nn.Module = self._kind.__new__(self._kind)
         nn.Module.__init__(experts)
         own = [state_key(name, field) for name in self._stacks for field in FIELDS]
-        _take_over(self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype"))
+        _take_over(self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype", "activation"))
         for name, packed in self.stacks.items():
             weight = matrices(self, packed.dequantize(dtype)).contiguous()
             experts.register_parameter(name, nn.Parameter(weight))
@@ -179,7 +189,8 @@ class QuantExperts(nn.Module):
     def _multiply(self, name: str, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
         """Rows x [S, inputs] times the matrix of each row's expert, plus its bias: [S, outputs]."""
         _spec, scheme, shape, _fields = self._stacks[name]
-        y = packed_linear_grouped(x, counts, self._tensors(name), shape, scheme, self.compute_dtype)
+        how = self.compute_dtype, self.activation
+        y = packed_linear_grouped(x, counts, self._tensors(name), shape, scheme, *how)
         if self.has_bias:
             y = y + self.get_parameter(f"{name}_bias")[expert_ids]
         return y
@@ -210,7 +221,8 @@ class QuantExperts(nn.Module):
     def extra_repr(self) -> str:
         """The stacks and how they are packed."""
         stacks = [f"{name}={shape}" for name, (_, _, shape, _) in self._stacks.items()]
-        return f"{self._kind.__name__}, {', '.join(stacks)}, {describe(self.stacks['down_proj'].spec)}"
+        rounded = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"{self._kind.__name__}, {', '.join(stacks)}, {describe(self.stacks['down_proj'].spec)}{rounded}"
 
 
 def matrices(experts: nn.Module, stack: Tensor) -> Tensor:
