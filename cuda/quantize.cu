@@ -20,9 +20,6 @@ struct Source {
   int64_t strides[3];
 };
 
-// The shift of a block: the smallest weight, or the middle between it and the largest. As Rule::shift has them.
-enum class Shift : int32_t { kNone, kMinimum, kMiddle };
-
 // How normalized weights become codes. A number's rank among the sorted values is counted in two steps: its bin, out of
 // kBins equal ones that cover -limit to limit, tells how many thresholds lie in the bins below, and `steps` comparisons
 // settle those in the bin itself. Bins are as many as banks, so that no lane waits for another.
@@ -104,12 +101,6 @@ struct Extremes {
   __device__ __forceinline__ bool is_finite() const { return magnitude < kInfinityBits; }
   __device__ __forceinline__ float lowest() const { return __int_as_float(ordered(low)); }
   __device__ __forceinline__ float highest() const { return __int_as_float(ordered(high)); }
-  // Of a range of finite weights, before it is stored; the middle of zeros of either sign is +0.
-  __device__ __forceinline__ float shift(Shift kind) const {
-    if (kind == Shift::kNone) return 0.0f;
-    if (kind == Shift::kMinimum) return lowest();
-    return static_cast<float>((static_cast<double>(lowest()) + static_cast<double>(highest())) * 0.5) + 0.0f;
-  }
 };
 
 // How the weights of one block are normalized: u = (w - shift) * limit / extent.
@@ -208,13 +199,15 @@ struct Outcome {
 __device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& out, const Extremes& range,
                                                 bool is_negative, int64_t index, int64_t first, bool writes) {
   const bool is_finite = range.is_finite();
-  const bool has_shift = rule.shift != Shift::kNone;
-  const float shift = has_shift ? rounded(out.shift_dtype, is_finite ? range.shift(rule.shift) : NAN) : 0.0f;
+  float exact = is_finite ? range.lowest() : NAN;
+  // The middle of zeros of either sign is +0.
+  if (rule.shift == Shift::kMiddle) exact = static_cast<float>((double{exact} + range.highest()) * 0.5) + 0.0f;
+  const float shift = rule.shift != Shift::kNone ? rounded(out.shift_dtype, exact) : 0.0f;
   const Block block(rule, range, is_negative, shift);
   if (writes) {
     const float scale = !is_finite ? NAN : rule.limit == 1.0f ? block.extent : block.extent / rule.limit;
     const float stored = store(out.scales, out.scale_dtype, index, scale);
-    if (has_shift) store(out.shifts, out.shift_dtype, index, shift);
+    if (rule.shift != Shift::kNone) store(out.shifts, out.shift_dtype, index, shift);
     if (is_finite && !(fabsf(stored) < INFINITY && fabsf(shift) < INFINITY)) {
       atomicMin(out.status + 1, static_cast<unsigned long long>(first));
     }

@@ -54,6 +54,8 @@ class QuantExperts(nn.Module):
     has_gate: bool
     has_bias: bool
     act_fn: Callable[[Tensor], Tensor]
+    #: By stack: adapters that are added to its products, a [experts, r, inputs], b [experts, outputs, r] and a factor.
+    adapters: dict[str, list[tuple[Tensor, Tensor, float]]]
     post_expert_norm: Callable[[Tensor], Tensor]
     #: The class of the module that this one stands for; its gate is called as it is.
     _kind: Any
@@ -118,6 +120,7 @@ class QuantExperts(nn.Module):
         new._kind = type(experts)
         new.compute_dtype = compute_dtype
         new.activation = activation
+        new.adapters = {}
         new.dtype = packed["down_proj"].dtype
         new._stacks = {}
         for name in names:
@@ -158,7 +161,9 @@ class QuantExperts(nn.Module):
         experts: nn.Module = self._kind.__new__(self._kind)
         nn.Module.__init__(experts)
         own = [state_key(name, field) for name in self._stacks for field in FIELDS]
-        _take_over(self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype", "activation"))
+        _take_over(
+            self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype", "activation", "adapters")
+        )
         for name, packed in self.stacks.items():
             weight = matrices(self, packed.dequantize(dtype)).contiguous()
             experts.register_parameter(name, nn.Parameter(weight))
@@ -191,6 +196,8 @@ class QuantExperts(nn.Module):
         _spec, scheme, shape, _fields = self._stacks[name]
         how = self.compute_dtype, self.activation
         y = packed_linear_grouped(x, counts, self._tensors(name), shape, scheme, *how)
+        for a, b, factor in self.adapters.get(name, ()):
+            y = y + (factor * _low_rank(x.to(a.dtype), counts, a, b)).to(y.dtype)
         if self.has_bias:
             y = y + self.get_parameter(f"{name}_bias")[expert_ids]
         return y
@@ -223,6 +230,14 @@ class QuantExperts(nn.Module):
         stacks = [f"{name}={shape}" for name, (_, _, shape, _) in self._stacks.items()]
         rounded = "" if self.activation == "none" else f", activation={self.activation}"
         return f"{self._kind.__name__}, {', '.join(stacks)}, {describe(self.stacks['down_proj'].spec)}{rounded}"
+
+
+def _low_rank(x: Tensor, counts: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows x [S, inputs], sorted by expert, times ``b[e] @ a[e]`` of their expert; rows beyond them become zero."""
+    sizes = counts.tolist()
+    *own, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
+    products = [rows @ down.T @ up.T for rows, down, up in zip(own, a, b, strict=True)]
+    return torch.cat([*products, rest.new_zeros(rest.shape[0], b.shape[1])])
 
 
 def matrices(experts: nn.Module, stack: Tensor) -> Tensor:

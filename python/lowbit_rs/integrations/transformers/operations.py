@@ -56,6 +56,9 @@ class StackWeights(ConversionOps):
         self.hf_quantizer = quantizer  # the name by which transformers knows not to cast what it reads
         self.converter = converter
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackWeights:
+        return self  # a converter is copied for every stack, and this has nothing of one
+
     @classmethod
     def within(cls, quantizer: LowbitQuantizer, converter: WeightConverter) -> WeightConverter:
         """The converter, collecting all parts of packed matrices."""

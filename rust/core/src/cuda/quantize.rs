@@ -310,7 +310,7 @@ impl Rule {
     }
 }
 
-/// `Shift` of `cuda/quantize.cu`.
+/// `Shift` of `cuda/include/lowbit/weight.cuh`.
 fn shift_number(shift: Option<Shift>) -> i32 {
     match shift {
         None => 0,
