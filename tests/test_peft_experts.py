@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 from lowbit_rs import InvalidArgument, LowbitConfig, Unsupported
 from lowbit_rs.integrations.peft import LoraQuantExperts
 from lowbit_rs.nn import QuantExperts
+from lowbit_rs.nn.experts import matrices
 from tiny_models import VOCABULARY, load, logits_of, make_model
 
 #: From transformers, in what PEFT calls.
@@ -21,9 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-@pytest.fixture(params=["mixtral", "qwen3_moe"])
+def gpt_oss() -> PreTrainedModel:
+    """A model whose float stacks are [experts, inputs, outputs], with biases."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8}
+    sizes |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return GptOssForCausalLM(GptOssConfig(vocab_size=VOCABULARY, num_key_value_heads=2, pad_token_id=0, **sizes))
+
+
+@pytest.fixture(params=["mixtral", "qwen3_moe", "gpt_oss"])
 def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    make_model(request.param).save_pretrained(tmp_path / "float")
+    model = gpt_oss() if request.param == "gpt_oss" else make_model(request.param)
+    model.save_pretrained(tmp_path / "float")
     return tmp_path / "float"
 
 
@@ -86,7 +97,7 @@ def test_merged_experts_are_the_packed_sum_and_come_out_again(directory: Path) -
     for name, module in model.named_modules():
         if isinstance(module, QuantExperts):
             for key, stack in module.stacks.items():
-                wanted = floats.get_submodule(name).get_parameter(key)
+                wanted = matrices(module, floats.get_submodule(name).get_parameter(key))
                 # Half a step of the block's scale, which is at most the largest weight over 127.
                 step = float(wanted.abs().max()) / 127
                 torch.testing.assert_close(stack.dequantize(), wanted, rtol=0, atol=0.501 * step)
@@ -102,18 +113,20 @@ def test_merged_experts_are_the_packed_sum_and_come_out_again(directory: Path) -
 def test_adapters_are_saved_by_themselves(directory: Path, tmp_path: Path) -> None:
     model = adapted(directory)
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load(directory, quantization_config=LowbitConfig()), tmp_path / "adapter")
+    again: Any = PeftModel.from_pretrained(load(directory, quantization_config=LowbitConfig()), tmp_path / "adapter")
     assert logits_of(again.eval()).equal(logits_of(model))
 
 
-def test_adapters_that_are_not_finite_leave_experts_as_they_were(tmp_path: Path) -> None:
+def test_adapter_that_is_not_finite_leaves_its_stack_as_it_was(tmp_path: Path) -> None:
     make_model("mixtral").save_pretrained(tmp_path / "float")
     model = adapted(tmp_path / "float")
     before = stored(model)
+    wrapper = next(module for module in model.modules() if isinstance(module, LoraQuantExperts))
     with torch.no_grad():
-        next(parameter for name, parameter in model.named_parameters() if "lora_B" in name).fill_(torch.nan)
+        wrapper.lora_B["default"].get_parameter("weight").fill_(torch.nan)
     with pytest.raises(InvalidArgument, match="is NaN, expected finite values"):
-        model.merge_adapter()
+        wrapper.merge()
+    assert wrapper.merged_adapters == []
     assert all(torch.equal(*pair) for pair in zip(before, stored(model), strict=True))
 
 

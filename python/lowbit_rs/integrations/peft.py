@@ -105,14 +105,15 @@ class LoraQuantExperts(ParamWrapper):
         return (inputs, outputs) if self.get_base_layer().is_transposed else (outputs, inputs)
 
     def _stack(self) -> PackedWeight:
-        stack: PackedWeight = self.get_base_layer().stacks[self.parameter_name]
-        return stack
+        experts = self.get_base_layer()
+        assert isinstance(experts, QuantExperts)
+        return experts.stacks[self.parameter_name]
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         """A [experts, r, inputs], B [experts, outputs, r] and the factor of their product."""
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        a = a.reshape(self.num_experts, -1, a.shape[-1])
-        return a, b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1), self.scaling[adapter]
+        a, b = self.lora_A[adapter].get_parameter("weight"), self.lora_B[adapter].get_parameter("weight")
+        ups = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return a.reshape(self.num_experts, -1, a.shape[-1]), ups, self.scaling[adapter]
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from lowbit_rs.packed import FIELDS, PackedWeight, field_dtypes, stacked, state_key
 
 if TYPE_CHECKING:
-    from transformers.core_model_loading import WeightConverter
-
     from lowbit_rs.files.metadata import QuantizedTensor
     from lowbit_rs.integrations.transformers.quantizer import LowbitQuantizer
 
@@ -45,8 +43,9 @@ class PackWeights(ConversionOps):
         return converted
 
 
-#: What the matrices of a stack may have beside codes.
-_PARTS = tuple(field for field in FIELDS if field != "permutation")
+#: What the matrices of a stack may have, the longest names first: transformers 5.17 takes the first one
+#: that a key begins with.
+_PARTS = sorted((field for field in FIELDS if field != "permutation"), key=lambda field: -len(state_key("", field)))
 
 
 class StackWeights(ConversionOps):
@@ -63,7 +62,10 @@ class StackWeights(ConversionOps):
     def within(cls, quantizer: LowbitQuantizer, converter: WeightConverter) -> WeightConverter:
         """The converter, collecting all parts of packed matrices."""
         sources = [state_key(source, part) for source in converter._original_source_patterns for part in _PARTS]
-        return converter.copy(sources, converter._original_target_patterns, operations=[cls(quantizer, converter)])
+        targets = list(converter._original_target_patterns)
+        new = WeightConverter(sources, targets, [cls(quantizer, converter)], force_cpu=converter.force_cpu)
+        new.scope_prefix, new.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        return new
 
     def convert(
         self,
@@ -81,7 +83,7 @@ class StackWeights(ConversionOps):
             return result
         piece, whole = stack
         sources = [source_patterns[at : at + len(_PARTS)] for at in range(0, len(source_patterns), len(_PARTS))]
-        count = len(input_dict[sources[0][0]])
+        count = len(input_dict[sources[0][_PARTS.index("data")]])
         matrices = [_matrix(piece, input_dict, source, index) for index in range(count) for source in sources]
         parts = stacked(matrices, whole.shape).tensors()
         return {state_key(target_patterns[0], field): [part] for field, part in parts.items()}
