@@ -85,12 +85,12 @@ impl Format {
     }
 }
 
-/// What a quantizer takes for the shift of a block: the weight of which the code decodes to 0.
+/// What a quantizer takes for the shift of a block, which is the weight that a code of 0 stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shift {
-    /// The smallest weight: codes decode to nothing below 0.
+    /// The smallest weight: no code is below 0.
     Minimum,
-    /// The middle between the smallest and the largest: codes decode to as much below 0 as above.
+    /// The middle between the smallest and the largest: codes are signed.
     Middle,
 }
 
