@@ -3,7 +3,7 @@
 // decode_plan.cuh says who does what, decode_feeder.cuh how weights arrive, decode_math.cuh how they meet the tokens.
 //
 // Launch of linear_decode_{float16,bfloat16}_{int4,int4_block32}[_shift]_{scale32,scale16,double}_{8,16} and of
-// linear_decode_{float16,bfloat16}_int8_{scale32,scale16}_{8,16}; the last number is the most tokens:
+// linear_decode_{float16,bfloat16}_int8[_shift]_{scale32,scale16}_{8,16}; the last number is the most tokens:
 //   grid     one CTA an SM, or fewer; at most one a row
 //   block    32 * warps threads: up to 512 for 8 tokens, up to 384 for 16, where 8 warps do better with few columns
 //   shared   dynamic, in bytes: tables + warps * stage + sums
@@ -34,6 +34,8 @@ template <Scales kScales>
 using Int4Block32Shift = DecodeShape<4, 32, kScales, true>;
 template <Scales kScales>
 using Int8 = DecodeShape<8, 32, kScales, false>;
+template <Scales kScales>
+using Int8Shift = DecodeShape<8, 32, kScales, true>;
 
 template <typename T, typename Shape, int kTokenTiles>
 __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOperands& operands) {
@@ -63,6 +65,7 @@ __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOpera
   LOWBIT_DECODE_SCALES(type, int4_shift, Int4Shift)                \
   LOWBIT_DECODE_SCALES(type, int4_block32, Int4Block32)            \
   LOWBIT_DECODE_SCALES(type, int4_block32_shift, Int4Block32Shift) \
-  LOWBIT_DECODE_PLAIN(type, int8, Int8)
+  LOWBIT_DECODE_PLAIN(type, int8, Int8)                            \
+  LOWBIT_DECODE_PLAIN(type, int8_shift, Int8Shift)
 LOWBIT_DECODE_WEIGHTS(bfloat16)
 LOWBIT_DECODE_WEIGHTS(float16)

@@ -30,7 +30,7 @@ struct Rule {
   int32_t is_sorted;      // codes are ranks
   int32_t zero_code;
   int32_t signed_absmax;
-  int32_t has_shift;
+  Shift shift;
   float thresholds[kCodebookLength];
   uint8_t order[kCodebookLength];
   uint8_t ranks[kBins];
@@ -99,6 +99,8 @@ struct Extremes {
     }
   }
   __device__ __forceinline__ bool is_finite() const { return magnitude < kInfinityBits; }
+  __device__ __forceinline__ float lowest() const { return __int_as_float(ordered(low)); }
+  __device__ __forceinline__ float highest() const { return __int_as_float(ordered(high)); }
 };
 
 // How the weights of one block are normalized: u = (w - shift) * limit / extent.
@@ -109,9 +111,9 @@ struct Block {
 
   __device__ __forceinline__ Block(const Rule& rule, const Extremes& range, bool is_negative, float stored_shift) {
     shift = stored_shift;
-    if (rule.has_shift) {
-      // The largest distance is that of the largest weight: rounding keeps order.
-      extent = fmaxf(__int_as_float(ordered(range.high)) - shift, 0.0f);
+    if (rule.shift != Shift::kNone) {
+      // The largest distance is that of an end, for a minimum of the upper one: rounding keeps order.
+      extent = fmaxf(range.highest() - shift, rule.shift == Shift::kMiddle ? shift - range.lowest() : 0.0f);
     } else {
       extent = __int_as_float(range.magnitude);
       if (is_negative) extent = -extent;
@@ -197,13 +199,15 @@ struct Outcome {
 __device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& out, const Extremes& range,
                                                 bool is_negative, int64_t index, int64_t first, bool writes) {
   const bool is_finite = range.is_finite();
-  const float low = is_finite ? __int_as_float(ordered(range.low)) : NAN;
-  const float shift = rule.has_shift ? rounded(out.shift_dtype, low) : 0.0f;
+  float exact = is_finite ? range.lowest() : NAN;
+  // The middle of zeros of either sign is +0.
+  if (rule.shift == Shift::kMiddle) exact = static_cast<float>((double{exact} + range.highest()) * 0.5) + 0.0f;
+  const float shift = rule.shift != Shift::kNone ? rounded(out.shift_dtype, exact) : 0.0f;
   const Block block(rule, range, is_negative, shift);
   if (writes) {
     const float scale = !is_finite ? NAN : rule.limit == 1.0f ? block.extent : block.extent / rule.limit;
     const float stored = store(out.scales, out.scale_dtype, index, scale);
-    if (rule.has_shift) store(out.shifts, out.shift_dtype, index, shift);
+    if (rule.shift != Shift::kNone) store(out.shifts, out.shift_dtype, index, shift);
     if (is_finite && !(fabsf(stored) < INFINITY && fabsf(shift) < INFINITY)) {
       atomicMin(out.status + 1, static_cast<unsigned long long>(first));
     }
@@ -275,11 +279,11 @@ __device__ void quantize_vectors(const Source& source, const Rule& rule, const T
       weights[i] = to_float(loaded[u][i / kPart].values[i % kPart]);
       range.add(weights[i], false);
     }
-    if (rule.has_shift) {
+    if (rule.shift != Shift::kNone) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) range.add(weights[i], true);
     }
-    range.join(lanes, rule.has_shift);
+    range.join(lanes, rule.shift != Shift::kNone);
     const bool is_negative = rule.signed_absmax && first_extreme_is_negative(weights, range.magnitude, lanes);
     if (at >= count) continue;
     const int64_t index = at >> (31 - __clz(static_cast<int>(out.block_size)));

@@ -115,10 +115,10 @@ def awq_gemm(x: Layer) -> dict[str, Tensor]:
     }
 
 
-def compressed_tensors(x: Layer) -> dict[str, Tensor]:
-    """In 4 bits, symmetric."""
-    return {
-        "layer.weight_packed": words(x.q, 4, 1),
+def compressed_tensors(x: Layer, bits: int = 4, *, symmetric: bool = True) -> dict[str, Tensor]:
+    tensors = {
+        "layer.weight_packed": words(x.q, bits, 1),
         "layer.weight_scale": x.scale,
         "layer.weight_shape": torch.tensor(x.q.shape),
     }
+    return tensors if symmetric else tensors | {"layer.weight_zero_point": words(x.zero, bits, 0)}

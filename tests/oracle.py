@@ -25,9 +25,9 @@ class Codebook:
 def codebook_of(spec: Spec, custom: Tensor | None) -> Codebook:
     """The table of a format in float64; `radius` is the largest |u - nearest value| for |u| <= limit, over the limit.
 
-    A shifted format sees u in [0, limit] alone.
+    uint4 sees u in [0, limit] alone.
     """
-    if spec.format == "int8":
+    if spec.bits == 8:
         return Codebook(torch.arange(-127, 128, dtype=torch.float64), 127.0, 0.5 / 127)
     if spec.format == "uint4":
         return Codebook(torch.arange(16, dtype=torch.float64), 15.0, 0.5 / 15)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit_rs.packed import BlockSize
 
-FORMATS = ("nf4", "fp4", "int4", "uint4", "int8")
+FORMATS = ("nf4", "fp4", "int4", "uint4", "int8", "uint8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES: tuple[BlockSize, ...] = (16, 32, 64, 128, 256, 4096, "row")
 

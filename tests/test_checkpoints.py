@@ -32,6 +32,7 @@ BECOMES = {
     "gptq-desc-act": "uint4, block_size=32, scale=float32",
     "gptq-row": "int4, block_size=row, scale=float16",
     "gptq-8bit": "int8, block_size=32, scale=float16",
+    "gptq-8bit-asym": "uint8, block_size=32, scale=float32",
     "awq-gemm": "uint4, block_size=32, scale=float32",
     "awq-gemv": "uint4, block_size=64, scale=float32",
     "compressed-tensors-w4a16": "int4, block_size=32, scale=bfloat16",
@@ -39,6 +40,7 @@ BECOMES = {
     "compressed-tensors-w4a16-channel": "int4, block_size=row, scale=float16",
     "compressed-tensors-w8a16": "int8, block_size=64, scale=bfloat16",
     "compressed-tensors-w8a16-channel": "int8, block_size=row, scale=float16",
+    "compressed-tensors-w8a16-asym": "uint8, block_size=32, scale=float32",
 }
 
 
@@ -281,7 +283,7 @@ class TestToBitsandbytes:
 
     def test_config_is_what_transformers_reads(self, tmp_path: Path) -> None:
         weights = {"a.weight": torch.randn(4, 64).bfloat16(), "lm_head.weight": torch.randn(4, 64).bfloat16()}
-        source = write_directory(tmp_path / "x", weights, None, hidden_size=64)
+        source = write_directory(tmp_path / "x", weights, None, model_type="llama", hidden_size=64)
         quantize_file(source, tmp_path / "native", "nf4", double_quant=True)
         convert_file(tmp_path / "native", tmp_path / "back", to="bitsandbytes")
         config = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))

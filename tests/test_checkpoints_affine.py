@@ -51,7 +51,7 @@ def test_gptq_of_any_shape(
     seed: int,
 ) -> None:
     """The definition, to the bit; products with it, too, in the order of columns of the weight."""
-    x = layer(rows, cols, group_size, bits=bits, symmetric=symmetric or bits == 8, desc_act=desc_act, seed=seed)
+    x = layer(rows, cols, group_size, bits=bits, symmetric=symmetric, desc_act=desc_act, seed=seed)
     path = write_directory(tmp_path_factory.mktemp("gptq") / "x", gptq(x, bits), {**GPTQ, "bits": bits})
     weight = read(path)
     assert torch.equal(weight.dequantize(), x.decoded())
@@ -111,6 +111,17 @@ def test_compressed_tensors_with_sorted_columns(tmp_path: Path) -> None:
     assert torch.equal(weight.dequantize(), x.decoded())
 
 
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_with_zero_points(bits: int, desc_act: bool, tmp_path: Path) -> None:
+    x = layer(16, 96, 32, bits=bits, desc_act=desc_act)
+    _, config = case(f"compressed-tensors-w{bits}a16-asym")
+    config["config_groups"]["group_0"]["weights"]["group_size"] = 32
+    tensors = compressed_tensors(x, bits, symmetric=False)
+    tensors["layer.weight_g_idx"] = torch.from_numpy(x.g_idx).to(torch.int32)
+    assert torch.equal(read(write_directory(tmp_path / "x", tensors, config)).dequantize(), x.decoded())
+
+
 def test_compressed_tensors_with_one_scale(tmp_path: Path) -> None:
     x = layer(16, 96, 96, symmetric=True)
     x.scale[:] = x.scale[0]
@@ -156,7 +167,6 @@ def with_options(path: Path, name: str, changes: dict[str, Any], tensors: dict[s
             "format 'marlin': not supported: served are gptq and gptq_v2",
         ),
         ("gptq-sym", {"is_marlin_format": True}, "checkpoint_format 'marlin'"),
-        ("gptq-8bit-asym", {}, "8-bit weights with zero points: not supported"),
         ("awq-gemm", {"version": "gemv_fast"}, "AWQ version 'gemv_fast': not supported: served are gemm and gemv"),
         ("awq-gemm", {"version": "marlin"}, "AWQ version 'marlin'"),
         ("awq-gemm", {"bits": 8}, "AWQ in 8 bits: not supported"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -158,9 +159,19 @@ def post(address: str, content: Any) -> Any:
         return json.loads(response.read())
 
 
+def _keep_tokenizer(_: str, names: list[str]) -> list[str]:
+    return [name for name in names if "token" not in name and "template" not in name]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("fastapi") is None, reason="needs the packages of transformers' server: the extra serve")
-def test_served_over_http(chat_directory: Path) -> None:
+@pytest.mark.parametrize("wrote", ["save_pretrained", "lowbit quantize"])
+def test_served_over_http(wrote: str, chat_directory: Path, tmp_path: Path) -> None:
+    if wrote == "lowbit quantize":
+        shutil.copytree(tmp_path / "float", tmp_path / "chat")
+        shutil.copytree(chat_directory, tmp_path / "chat", ignore=_keep_tokenizer, dirs_exist_ok=True)
+        chat_directory = tmp_path / "quantized"
+        assert run("quantize", tmp_path / "chat", chat_directory, "--format", "uint4").exit_code == 0
     with served(chat_directory) as address:
         answer = post(
             f"{address}/v1/chat/completions",

@@ -94,6 +94,20 @@ def test_low_precision_activations(experts: nn.Module) -> None:
     assert (got - expected).norm() <= 2**-6 * expected.norm()
 
 
+def test_activations_may_be_rounded(experts: nn.Module) -> None:
+    packed = QuantExperts.from_experts(experts, "int8", "row", activation="int8")
+    plain, x = QuantExperts.from_experts(experts, "int8", "row"), routed()
+    assert "activation=int8" in repr(packed)
+    got = packed(*x)
+    assert not got.equal(plain(*x))
+    assert copy.deepcopy(packed)(*x).equal(got)
+    with pytest.raises(InvalidArgument, match="activation: got 'int4'"):
+        QuantExperts.from_experts(experts, activation="int4")
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
+    lowbit_rs.quantize_model(model, "int8", "row", activation="int8", progress=False)
+    assert model.get_submodule("mlp.experts")(*x).equal(got)
+
+
 def test_experts_come_back_as_they_were_but_for_rounding(experts: nn.Module) -> None:
     packed = QuantExperts.from_experts(experts, "int8", block_size=16)
     back = packed.to_experts()
@@ -197,14 +211,19 @@ def test_grouped_products_in_torch(options: dict[str, Any]) -> None:
     weight: list[Any] = [list(packed.tensors().values()), list(packed.shape), *packed.scheme]
     counts = torch.tensor([2, 0, 1])
     ops = torch.ops.lowbit_rs
-    torch.library.opcheck(ops.linear_grouped.default, (torch.randn(4, 70, requires_grad=True), counts, *weight))
+    for activation in ("none", "int8"):
+        torch.library.opcheck(
+            ops.linear_grouped.default, (torch.randn(4, 70, requires_grad=True), counts, *weight, activation)
+        )
     torch.library.opcheck(
         ops.linear_grouped_grad_input.default, (torch.randn(4, 5, requires_grad=True), counts, *weight)
     )
     x = torch.randn(4, 70)
     y = packed_linear_grouped(x, counts, weight[0], weight[1], packed.scheme)
-    assert y[:2].equal(lowbit_rs.linear(x[:2], packed[0]))
-    assert y[2:3].equal(lowbit_rs.linear(x[2:3], packed[2]))
+    rounded = packed_linear_grouped(x, counts, weight[0], weight[1], packed.scheme, activation="int8")
+    for own, index in ((slice(0, 2), 0), (slice(2, 3), 2)):
+        assert y[own].equal(lowbit_rs.linear(x[own], packed[index]))
+        assert rounded[own].equal(lowbit_rs.linear(x[own], packed[index], activation="int8"))
     assert not y[3].any()
     for arguments, message in (
         ((x[None], counts), r"x: got shape \[1, 4, 70\]"),

@@ -190,10 +190,17 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def test_config_may_hold_what_json_does_not(model: Path, tmp_path: Path) -> None:
-    (model / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    (model / "config.json").write_text('{"model_type": "mamba2", "time_step_limit": [0.0, Infinity]}')
     quantize_file(model, tmp_path / "packed")
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["time_step_limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"sample_rate": 16000}'])
+def test_config_of_something_else_stays_as_it_is(text: str, model: Path, tmp_path: Path) -> None:
+    (model / "config.json").write_text(text)
+    quantize_file(model, tmp_path / "packed")
+    assert (tmp_path / "packed" / "config.json").read_text() == text
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN_DIRECTORIES.values(), ids=BROKEN_DIRECTORIES)

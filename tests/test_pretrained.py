@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from foreign import Layer, awq_gemm, case, compressed_tensors, gptq, layer
 from lowbit_rs import InvalidArgument, LowbitConfig, QuantLinear, Unsupported
 from lowbit_rs.files import quantize_file
 from lowbit_rs.integrations.checkpoints import convert_file
+from lowbit_rs.integrations.transformers.modules import QuantConv1D
+from lowbit_rs.nn import QuantExperts
+from tiny_models import make_model
 
 transformers = pytest.importorskip("transformers", reason="the models are those of transformers")
 
@@ -47,7 +52,7 @@ def affine(pack: Callable[[Any], dict[str, Tensor]], **options: Any) -> Packer:
 
     def packer(linear: nn.Linear) -> tuple[dict[str, Tensor], Tensor]:
         x = layer(linear.out_features, linear.in_features, 32, seed=linear.in_features, **options)
-        x.scale = (x.scale / 3000).half()
+        x.scale = (x.scale / (3000 if options.get("bits", 4) == 4 else 50_000)).half()
         # In float32, which products take: rounding weights to float16, as GPU kernels do, would change the logits.
         return pack(x), Layer(x.q, x.scale.float(), x.zero, x.g_idx).decoded()
 
@@ -80,6 +85,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Packer]] = {
         bitsandbytes("Linear8bitLt", has_fp16_weights=False),
     ),
     "gptq": (GPTQ, affine(gptq)),
+    "gptq-8bit": ({**GPTQ, "bits": 8}, affine(functools.partial(gptq, bits=8), bits=8)),
     "gptq-desc-act": ({**GPTQ, "desc_act": True}, affine(gptq, desc_act=True)),
     "awq": (AWQ, affine(awq_gemm)),
     "compressed-tensors": (case("compressed-tensors-w4a16")[1], affine(compressed_tensors, symmetric=True)),
@@ -223,15 +229,58 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(**inputs).logits, reference(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_transposed_layers_are_refused_by_name(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 96, "n_embd": 64, "n_layer": 1, "n_head": 4}
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "x")
+def repacked(path: Path, layout: str, model: Any, pattern: str, *, transposed: bool = False) -> tuple[Path, Any]:
+    """A model directory whose matrices of matching names are packed one by one, and the model with their values."""
+    quantization, pack = LAYOUTS[layout]
+    model.save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    floats = dict(tensors)
+    for name in [name for name in tensors if re.search(pattern, name)]:
+        weight = tensors.pop(name).T if transposed else tensors.pop(name)
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight.data = weight.contiguous()
+        packed, decoded = pack(linear)
+        tensors |= {key.replace("layer", name.removesuffix(".weight"), 1): tensor for key, tensor in packed.items()}
+        floats[name] = (decoded.T if transposed else decoded).float().contiguous()
+    save_file(floats, path / "model.safetensors", {"format": "pt"})
+    reference = type(model).from_pretrained(path, dtype=torch.float32).eval()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text(encoding="utf-8")) | {"quantization_config": quantization}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path, reference
+
+
+@pytest.mark.parametrize("layout", ["nf4", "int8", "gptq-desc-act"])
+def test_transposed_layers(layout: str, tmp_path: Path) -> None:
+    """GPT-2's Conv1D: libraries pack them as the linear layers that they are."""
+    path, reference = repacked(tmp_path / "x", layout, make_model("gpt2"), r"\.c_\w+\.weight$", transposed=True)
+    model = lowbit_rs.from_pretrained(path)
+    assert sum(isinstance(module, QuantConv1D) for module in model.modules()) == 8
+    assert_same(model, reference)
+    convert_file(path, tmp_path / "native")
+    assert torch.equal(lowbit_rs.from_pretrained(tmp_path / "native")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("layout", ["nf4", "gptq", "gptq-8bit", "awq"])
+def test_experts_packed_one_by_one(layout: str, architecture: str, tmp_path: Path) -> None:
+    path, reference = repacked(tmp_path / "x", layout, make_model(architecture), r"\.experts\.\d+\.\w+\.weight$")
+    model = lowbit_rs.from_pretrained(path)
+    assert sum(isinstance(module, QuantExperts) for module in model.modules()) == 2
+    assert_same(model, reference)
+    convert_file(path, tmp_path / "native")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    make_model("gpt2").save_pretrained(tmp_path / "x")
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     name = "transformer.h.0.mlp.c_fc.weight"
     lowbit_rs.files.save_packed(
         tensors | {name: lowbit_rs.quantize(tensors[name])}, tmp_path / "x" / "model.safetensors", force=True
     )
-    with pytest.raises(Unsupported, match=r"a packed weight in Conv1D at 'transformer\.h\.0\.mlp\.c_fc'"):
+    with pytest.raises(InvalidArgument, match=r"mlp\.c_fc\.weight: got shape \[64, 256\], expected \[256, 64\]"):
         lowbit_rs.from_pretrained(tmp_path / "x")
 
 

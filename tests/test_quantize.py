@@ -182,7 +182,7 @@ def test_quantized_tensors_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "nf5"}, 'format: got "nf5", expected "nf4", "fp4", "int4", "uint4", "int8" or "custom"'),
+        ({"format": "nf5"}, 'format: got "nf5", expected "nf4", "fp4", "int4", "uint4", "int8", "uint8" or "custom"'),
         ({"format": "custom"}, 'codebook: got None, expected the 2 to 16 values of format "custom"'),
         ({"format": "int8", "codebook": TABLE}, "format: got 'int8' with a codebook"),
         ({"block_size": 48}, 'block_size: got 48, expected a power of two from 16 to 4096, or "row"'),

@@ -34,12 +34,12 @@ def block_maximum(packed: PackedWeight, values: Tensor) -> Tensor:
 def error_bound(weight: Tensor, packed: PackedWeight, unpacked: Tensor) -> Tensor:
     """The largest |w - w'| that the format allows, per weight.
 
-    With E the block's extent (absolute maximum, or maximum - minimum of a shifted format), L the codebook's limit and C
+    With E the block's extent (the largest distance from its shift, 0 where it has none), L the codebook's limit and C
     its largest magnitude, w = E/L u + shift and w' = round(s c + shift') where
     - |c - u| <= L radius, plus L 2^-21 for the fp32 roundings of 1/E (relative 2^-22 where it is subnormal), of the
       distance from the shift and of the product;
     - s = E/L with a relative rounding of fp32 and of the scale's storage, or an absolute one where those are subnormal;
-    - shift' is the stored minimum: weights below it become it;
+    - shift' is the stored minimum or, in 8 bits, middle: weights below the minimum become it;
     - w' is rounded to fp32, and to the output's dtype.
     """
     codebook = oracle.codebook_of(packed.spec, packed.codebook)
@@ -49,9 +49,12 @@ def error_bound(weight: Tensor, packed: PackedWeight, unpacked: Tensor) -> Tenso
     if packed.shift is None:
         extent, lost = block_maximum(packed, weight.abs()), torch.tensor(0.0)
     else:
-        low = -block_maximum(packed, -weight)
-        lost = oracle.unit_roundoff(storage) * low.abs() + oracle.half_step(storage)
-        extent = block_maximum(packed, weight) - low + lost
+        low, high = -block_maximum(packed, -weight), block_maximum(packed, weight)
+        shift = low if packed.spec.bits == 4 else (low + high) / 2
+        # A middle is rounded to fp32 before it is stored.
+        rounding = oracle.unit_roundoff(storage) + oracle.unit_roundoff(torch.float32) * (packed.spec.bits == 8)
+        lost = rounding * (1 + 2.0**-8) * shift.abs() + oracle.half_step(storage)
+        extent = high - shift + lost
     relative = codebook.radius + 2.0**-21 + largest / codebook.limit * stored * (1 + 2.0**-8)
     absolute = largest * (oracle.half_step(storage) + oracle.half_step(torch.float32)) + 2 * oracle.half_step(out)
     rounding = (oracle.unit_roundoff(torch.float32) + oracle.unit_roundoff(out)) * (1 + 2.0**-8)

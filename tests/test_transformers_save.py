@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 import lowbit_rs
 from lowbit_rs import InvalidArgument, LowbitConfig, PackedWeight, QuantLinear, Unsupported
-from lowbit_rs.files import inspect, load_packed, quantize_file
+from lowbit_rs.files import inspect, load_packed, quantize_file, save_packed
 from lowbit_rs.integrations.transformers import card
 from lowbit_rs.nn import QuantExperts
 from lowbit_rs.nn.model import PACKED_MODULES
+from lowbit_rs.packed import describe
 from tiny_models import ARCHITECTURES, inputs_of, load, logits_of, make_model, make_tokenizer
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -134,10 +137,74 @@ def test_file_of_lowbit_quantize_loads_as_a_model(tmp_path: Path) -> None:
     assert_same(model, load(tmp_path / "again"))
 
 
-def test_weights_packed_before_they_are_put_together(tmp_path: Path) -> None:
+#: Ways to pack one expert by itself, and what a stack of them is stored as.
+EXPERT_BY_EXPERT: dict[str, tuple[dict[str, Any], str]] = {
+    "nf4": ({}, "nf4, block_size=64, scale=float32"),
+    "double": ({"double_quant": True}, "nf4, block_size=64, scale=float32"),
+    "uint4 double": (
+        {"format": "uint4", "block_size": 32, "double_quant": True, "scale_dtype": torch.float16},
+        "uint4, block_size=32, scale=float32",
+    ),
+    "int8": ({"format": "int8", "block_size": "row"}, "int8, block_size=row, scale=float32"),
+    "codebook": (
+        {"codebook": "block-optimal", "signed_absmax": True},
+        "custom, block_size=64, scale=float32, signed_absmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("options", "becomes"), EXPERT_BY_EXPERT.values(), ids=EXPERT_BY_EXPERT)
+def test_experts_packed_one_by_one_are_stacked(
+    architecture: str, options: dict[str, Any], becomes: str, tmp_path: Path
+) -> None:
+    make_model(architecture).save_pretrained(tmp_path / "float")
+    quantize_file(tmp_path / "float", tmp_path / "packed", **options)
+    model = load(tmp_path / "packed")
+    experts = [module for module in model.modules() if isinstance(module, QuantExperts)]
+    assert len(experts) == 2
+    assert {describe(stack.spec) for module in experts for stack in module.stacks.values()} == {becomes}
+    packed = {
+        name: weight for name, weight in load_packed(tmp_path / "packed").items() if isinstance(weight, PackedWeight)
+    }
+    floats = decoded_directory(tmp_path / "float", tmp_path / "decoded", packed)
+    for name, module in load(floats).named_modules():
+        other = model.get_submodule(name)
+        if isinstance(other, QuantExperts):
+            for key, stack in other.stacks.items():
+                assert stack.dequantize().equal(module.get_parameter(key))
+    model.save_pretrained(tmp_path / "again")
+    assert_same(model, load(tmp_path / "again"))
+
+
+def decoded_directory(source: Path, path: Path, packed: dict[str, PackedWeight]) -> Path:
+    """The directory ``source`` with the values of packed weights."""
+    shutil.copytree(source, path)
+    tensors = load_file(path / "model.safetensors")
+    save_file(
+        tensors | {name: weight.dequantize() for name, weight in packed.items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
+    return path
+
+
+def test_experts_that_cannot_be_stacked_are_named(tmp_path: Path) -> None:
     make_model("mixtral").save_pretrained(tmp_path / "float")
     quantize_file(tmp_path / "float", tmp_path / "packed")
-    with pytest.raises(Unsupported, match=r"experts\.0\.w1\.weight, packed before it is put together"):
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_packed(path)
+    name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    weight = tensors[name]
+    assert isinstance(weight, PackedWeight)
+    save_packed({**tensors, name: lowbit_rs.quantize(weight.dequantize(), "int4")}, path, force=True)
+    with pytest.raises(Unsupported, match=r"experts\.2\.w1\.weight: not supported: it is not packed as .*0\.w1"):
+        load(tmp_path / "packed")
+    del tensors[name]
+    save_packed(tensors, path, force=True)
+    with pytest.raises(
+        InvalidArgument, match=r"0\.mlp\.experts\.gate_up_proj: got 896 rows in 7 packed matrices, expected 1024"
+    ):
         load(tmp_path / "packed")
 
 

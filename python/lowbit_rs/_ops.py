@@ -33,7 +33,7 @@ for _schema in (
     # No argument has a default: autograd of torch before 2.15 loses those that are equal to it.
     f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
-    f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor",
+    f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}, str activation) -> Tensor",
     f"linear_grouped_grad_input(Tensor grad, Tensor counts, {_WEIGHT}) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -342,11 +342,18 @@ def _linear_grouped(
     block_size: int,
     block_order: str,
     double_quant: bool,
+    activation: str,
 ) -> Tensor:
     _check_grouped("x", x, shape[-1], counts, weight, shape)
     scheme = (format, block_size, block_order, double_quant)
     return _grouped(
-        lambda backend, view, rows: backend.linear(view, rows, None, "none"), x, shape[1], counts, weight, shape, scheme
+        lambda backend, view, rows: backend.linear(view, rows, None, activation),
+        x,
+        shape[1],
+        counts,
+        weight,
+        shape,
+        scheme,
     )
 
 
@@ -360,6 +367,7 @@ def _linear_grouped_fake(
     block_size: int,
     block_order: str,
     double_quant: bool,
+    activation: str,
 ) -> Tensor:
     return x.new_empty((x.shape[0], shape[1]))
 
@@ -396,26 +404,36 @@ def _linear_grouped_grad_input_fake(
     return grad.new_empty((grad.shape[0], shape[2]))
 
 
-def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, counts, weight, *ctx.rest = inputs
+def _save_linear_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, counts, weight, *ctx.rest, _activation = inputs
     ctx.save_for_backward(counts, *weight)
 
 
-def _backward_grouped(other: str) -> Callable[..., tuple[Any, ...]]:
-    """The gradient of one of the two grouped products to its rows is the other one of the gradient."""
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        counts, *weight = ctx.saved_tensors
-        grad_rows = getattr(torch.ops.lowbit_rs, other).default(grad, counts, weight, *ctx.rest)
-        return grad_rows, None, [None] * len(weight), *[None] * len(ctx.rest)
-
-    return backward
+def _backward_linear_grouped(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """As that of ``linear``, matrix by matrix."""
+    counts, *weight = ctx.saved_tensors
+    grad_x = torch.ops.lowbit_rs.linear_grouped_grad_input.default(grad, counts, weight, *ctx.rest)
+    return grad_x, None, [None] * len(weight), *[None] * len(ctx.rest), None
 
 
-for _name, _other in (
-    ("linear_grouped", "linear_grouped_grad_input"),
-    ("linear_grouped_grad_input", "linear_grouped"),
-):
-    torch.library.register_autograd(
-        f"lowbit_rs::{_name}", _backward_grouped(_other), setup_context=_save_grouped, lib=_library
-    )
+def _save_linear_grouped_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _grad, counts, weight, *ctx.rest = inputs
+    ctx.save_for_backward(counts, *weight)
+
+
+def _backward_linear_grouped_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """As that of ``linear_grad_input``, matrix by matrix."""
+    counts, *weight = ctx.saved_tensors
+    grad_grad = torch.ops.lowbit_rs.linear_grouped.default(grad, counts, weight, *ctx.rest, "none")
+    return grad_grad, None, [None] * len(weight), *[None] * len(ctx.rest)
+
+
+torch.library.register_autograd(
+    "lowbit_rs::linear_grouped", _backward_linear_grouped, setup_context=_save_linear_grouped, lib=_library
+)
+torch.library.register_autograd(
+    "lowbit_rs::linear_grouped_grad_input",
+    _backward_linear_grouped_grad_input,
+    setup_context=_save_linear_grouped_grad_input,
+    lib=_library,
+)

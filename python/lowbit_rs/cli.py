@@ -138,7 +138,7 @@ def main(ctx: click.Context) -> None:
 @click.argument("destination", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
     "--format",
-    type=click.Choice(["nf4", "fp4", "int4", "uint4", "int8"]),
+    type=click.Choice(["nf4", "fp4", "int4", "uint4", "int8", "uint8"]),
     default="nf4",
     show_default=True,
     help="The code values.",

@@ -64,7 +64,7 @@ def quantize(
 
     - ``tensor``: float32, float16 or bfloat16 on the CPU or a CUDA device, of any strides; or a NumPy array, float32 or
       float16. The result lies on the same device.
-    - ``format``: "nf4", "fp4", "int4", "uint4" (with a shift per block), "int8".
+    - ``format``: "nf4", "fp4", "int4", "int8", "uint4" and "uint8" (with a shift per block).
     - ``block_size``: a power of two from 16 to 4096, or "row" for one scale a row.
     - ``double_quant``: stores scales in 8 bits, with an fp32 scale for 256 of them (QLoRA, arXiv 2305.14314).
     - ``codebook``: 2 to 16 values that codes stand for, in any order; the format is then "custom".
@@ -171,19 +171,20 @@ def packed_linear_grouped(
     shape: Sequence[int],
     scheme: Scheme,
     compute_dtype: torch.dtype | None = None,
+    activation: str = "none",
 ) -> Tensor:
     """Rows x [S, K], sorted by expert, times the matrices of a stack [experts, N, K]: [S, N] in the dtype of x.
 
     ``counts``, int64 [experts], says how many rows each expert gets; rows beyond their sum become zero. Parts of the
-    weight, autocast and ``compute_dtype`` are as in :func:`packed_linear`.
+    weight, autocast, ``compute_dtype`` and ``activation`` are as in :func:`packed_linear`.
     """
     x = _autocast(x)
     multiply = torch.ops.lowbit_rs.linear_grouped.default
     result: Tensor
     if compute_dtype is not None and compute_dtype != x.dtype:
-        result = multiply(x.to(compute_dtype), counts, weight, list(shape), *scheme).to(x.dtype)
+        result = multiply(x.to(compute_dtype), counts, weight, list(shape), *scheme, activation).to(x.dtype)
     else:
-        result = multiply(x, counts, weight, list(shape), *scheme)
+        result = multiply(x, counts, weight, list(shape), *scheme, activation)
     return result
 
 

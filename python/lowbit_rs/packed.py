@@ -127,7 +127,7 @@ class PackedWeight:
     - ``data``: the codes. uint8 [N, ceil(K / 2)] in 4 bits, the high nibble first, or int8 [N, K];
     - ``scale``: one a block, [N, ceil(K / block_size)] in ``spec.scale_dtype``, or uint8 codes of the dynamic map
       under double quantization, then with ``scale_2`` (float32, one for 256 scales) and ``scale_offset`` (float32 [1]);
-    - ``shift``: like ``scale``, of uint4 alone; ``codebook``: float32 [2..16], of custom formats alone;
+    - ``shift``: like ``scale``, of uint4 and uint8 alone; ``codebook``: float32 [2..16], of custom formats alone;
     - ``permutation``: int32 [K], where columns were sorted before they were cut into blocks (GPTQ's desc_act). Column j
       of what the other tensors hold is then column ``permutation[j]`` of the weight; a product takes
       ``x[..., permutation]``.
@@ -282,6 +282,45 @@ def _restore_scales(codes: Tensor, start: int, scale_2: Tensor, offset: Tensor) 
     table = torch.tensor(_native.dynamic_map(), dtype=torch.float32, device=codes.device)
     numbers = torch.arange(start, start + codes.numel(), device=codes.device).view(codes.shape)
     return table[codes.long()] * scale_2[numbers // _SCALES_PER_SCALE_2] + offset
+
+
+def stacked_spec(spec: Spec) -> Spec:
+    """How weights of ``spec`` are stored once they are one: double-quantized scales in float32, and shifts with them.
+
+    Raises Unsupported where blocks run on from one row into the next.
+    """
+    if spec.block_order != "row":
+        raise unsupported("stacking weights with block_order flat", "blocks run on from one row into the next")
+    if not spec.double_quant:
+        return spec
+    return make_spec((*scheme_of(spec)[:3], False), signed_absmax=spec.signed_absmax)
+
+
+def stacked(weights: Sequence[PackedWeight], shape: Sequence[int]) -> PackedWeight:
+    """The rows of matrices [N, K], one matrix after the other, as one weight of ``shape``, a stack or a matrix.
+
+    Codes are copied as they are. Double-quantized scales are restored to float32, with the same values: each matrix has
+    an offset of its own. Raises InvalidArgument where the matrices do not fit together, Unsupported as stacked_spec.
+    """
+    first = weights[0]
+    spec = stacked_spec(first.spec)
+    parts = []
+    for weight in weights:
+        if weight.spec != first.spec or weight.dtype != first.dtype or weight.permutation is not None:
+            got = describe(weight.spec) + (", permuted" if weight.permutation is not None else "")
+            raise invalid("weights", got, f"{describe(first.spec)} without a permutation, as the first")
+        own = weight.tensors()
+        if first.codebook is not None and not torch.equal(own.pop("codebook"), first.codebook):
+            raise invalid("weights", "codebooks of their own", "the same one for all")
+        if weight.spec.double_quant:
+            own["scale"] = _restore_scales(own["scale"], 0, own.pop("scale_2"), own.pop("scale_offset"))
+        parts.append({name: part.to(field_dtypes(spec)[name]) for name, part in own.items()})
+    tensors = {
+        name: torch.cat([own[name] for own in parts]).view(*shape[:-1], parts[0][name].shape[-1]) for name in parts[0]
+    }
+    if first.codebook is not None:
+        tensors["codebook"] = first.codebook
+    return PackedWeight.from_tensors(spec, shape, first.dtype, tensors)
 
 
 def describe(spec: Spec) -> str:

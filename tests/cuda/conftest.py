@@ -20,12 +20,16 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "uint4": {"format": "uint4", "block_size": 16, "scale_dtype": torch.bfloat16},
     "int8": {"format": "int8"},
     "int8_rows": {"format": "int8", "block_size": "row"},
+    "uint8": {"format": "uint8", "block_size": 128},
+    "uint8_half": {"format": "uint8", "block_size": 32, "scale_dtype": torch.float16},
+    "uint8_rows": {"format": "uint8", "block_size": "row"},
     "nf4_rows": {"block_size": "row"},
     "custom": {"codebook": (1.0, -1.0, 0.5, 0.0, -0.25), "signed_absmax": True},
     "double_quant": {"double_quant": True},
     "double_quant_uint4": {"format": "uint4", "double_quant": True, "block_size": 16},
     "large_blocks": {"block_size": 4096},
     "flat": {"block_order": "flat", "block_size": 32},
+    "double_quant_uint8": {"format": "uint8", "double_quant": True},
     "flat_int8": {"block_order": "flat", "block_size": 32, "format": "int8"},
 }
 

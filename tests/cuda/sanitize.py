@@ -17,6 +17,7 @@ _WEIGHTS: tuple[dict[str, Any], ...] = (
     {"double_quant": True},
     {"format": "uint4", "double_quant": True, "scale_dtype": torch.float16},
     {"format": "int8", "block_size": 32},
+    {"format": "uint8", "block_size": 32},
     {"format": "fp4", "block_size": 32, "scale_dtype": torch.bfloat16},
     {"codebook": (1.0, -1.0, 0.5), "signed_absmax": True, "block_size": "row"},
     {"block_order": "flat", "block_size": 32},

@@ -61,3 +61,25 @@ def test_model_packed_while_it_loads_on_the_gpu(architecture: str, tmp_path: Pat
     again = load(tmp_path / "packed", device_map="cuda:0")
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits.cpu(), logits)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("second", ["cpu", 1])
+def test_model_over_two_devices(second: str | int, architecture: str, tmp_path: Path) -> None:
+    """The second layer elsewhere: on another GPU, or on the CPU, from where it comes for each call."""
+    if second == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    make_model(architecture).save_pretrained(tmp_path / "float")
+    config = LowbitConfig(double_quant=True)
+    first = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    device_map: dict[str, str | int] = {**dict.fromkeys(first, 0), "model.layers.1": second}
+    one = load(tmp_path / "float", quantization_config=config, device_map="cuda:0")
+    one.save_pretrained(tmp_path / "packed")
+    inputs = {name: tensor.cuda() for name, tensor in inputs_of(one).items()}
+    with torch.no_grad():
+        wanted = one(**inputs).logits
+    for path, options in ((tmp_path / "float", {"quantization_config": config}), (tmp_path / "packed", {})):
+        two = load(path, device_map=device_map, **options)
+        assert any(isinstance(module, PACKED_MODULES) for module in two.model.layers[1].modules())
+        with torch.no_grad():
+            assert torch.equal(two(**inputs).logits.to(wanted.device), wanted)

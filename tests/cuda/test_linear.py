@@ -13,6 +13,7 @@ from torch import Tensor
 import lowbit_rs
 import oracle
 from lowbit_rs import InvalidArgument, PackedWeight
+from lowbit_rs.packed import BlockSize
 
 OPS = torch.ops.lowbit_rs
 
@@ -83,6 +84,26 @@ def test_linear(options: dict[str, Any], shape: tuple[int, int], dtype: torch.dt
         assert (y.shape, y.dtype) == ((tokens, shape[0]), dtype)
         assert_within(y, x, packed, bias)
         assert torch.equal(lowbit_rs.linear(x, packed, bias), y)  # the same bits again
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 128, "row"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+def test_eight_bits_with_a_shift(block_size: BlockSize, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """As other libraries quantize: every code from -128 to 127, and shifts that are larger than the weights."""
+    rows, cols = 136, 1024
+    quantized = lowbit_rs.quantize(torch.randn(rows, cols), "uint8", block_size, scale_dtype=scale_dtype)
+    scale = torch.rand(quantized.scale.shape).to(scale_dtype) * 0.01
+    parts = {
+        "data": torch.randint(-128, 128, (rows, cols), dtype=torch.int8),
+        "scale": scale,
+        "shift": scale * torch.randint(-127, 129, scale.shape),
+    }
+    packed = PackedWeight.from_tensors(quantized.spec, (rows, cols), dtype, parts)
+    on_gpu = packed.to("cuda")
+    assert torch.equal(on_gpu.dequantize(dtype).cpu(), oracle.dequantize(packed, dtype))
+    for tokens in TOKENS:
+        x = torch.randn(tokens, cols, device="cuda").to(dtype)
+        assert_within(lowbit_rs.linear(x, on_gpu), x, on_gpu, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)

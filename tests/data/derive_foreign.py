@@ -12,7 +12,7 @@ metadata, ``quantization_config`` as JSON; its decoded weight [N, K] is the tens
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 import sys
@@ -140,7 +140,8 @@ def gptq(site: Path) -> Iterator[tuple[str, Case]]:
 
 def awq(site: Path) -> Iterator[tuple[str, Case]]:
     unpacking = load(site, "awq", "utils.packing_utils")
-    sys.modules.setdefault("accelerate", types.ModuleType("accelerate"))  # imported there for other functions
+    if importlib.util.find_spec("accelerate") is None:  # imported there for other functions
+        sys.modules["accelerate"] = types.ModuleType("accelerate")
     for version, group_size in (("gemm", 32), ("gemv", 64)):
         module = load(site, "awq", f"modules.linear.{version}")
         linear = nn.Linear(K, N).half()
@@ -179,6 +180,7 @@ def compressed_tensors() -> Iterator[tuple[str, Case]]:
         "compressed-tensors-w4a16-channel": (4, True, "channel", None, torch.float16, 100),
         "compressed-tensors-w8a16": (8, True, "group", 64, torch.bfloat16, K),
         "compressed-tensors-w8a16-channel": (8, True, "channel", None, torch.float16, 99),
+        "compressed-tensors-w8a16-asym": (8, False, "group", 32, torch.bfloat16, K),
     }
     for name, (bits, symmetric, strategy, group_size, dtype, cols) in variants.items():
         args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=strategy, group_size=group_size)

@@ -12,6 +12,9 @@ constexpr int kCodebookLength = 16;
 // Scales that share an entry of scale_2.
 constexpr int kScalesPerScale2 = 256;
 
+// The shift of a block as it is packed: its smallest weight, or the middle between that and its largest.
+enum class Shift : int32_t { kNone, kMinimum, kMiddle };
+
 // Mirrored field by field by KernelWeight in rust/core/src/cuda/weight.rs.
 struct Weight {
   const uint8_t* codes;

@@ -22,14 +22,17 @@ _FILE = Path("config.json")
 #: Keys under which libraries describe a quantization, the usual one first.
 _KEYS = ("quantization_config", "compression_config")
 
+#: Keys of which a config.json of transformers has one at least.
+_READ = ("model_type", "architectures", *_KEYS)
+
 
 def rewritten_config(config: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[Path, bytes]:
     """config.json with ``quantization`` in the place of what it says, or without any; nothing where it stays as it is.
 
-    A directory whose config.json is missing or empty gets none.
+    Where config.json is missing, or is not one that transformers reads, it is left alone.
     """
     new = {key: value for key, value in config.items() if key not in _KEYS}
-    if config and quantization is not None:
+    if quantization is not None and any(config.get(key) for key in _READ):
         new[_KEYS[0]] = dict(quantization)
     if new == config:
         return {}

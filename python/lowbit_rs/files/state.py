@@ -84,16 +84,9 @@ def load_model(model: nn.Module, path: str | os.PathLike[str], *, strict: bool =
             have been changed in part by then.
         Unsupported: where the model holds a quantized weight in something else than such a layer.
     """
-    load_weights(model, load_packed(path), str(path), strict=strict)
-
-
-def load_weights(
-    model: nn.Module, loaded: Mapping[str, PackedWeight | Tensor], where: str, *, strict: bool = True
-) -> None:
-    """``load_model`` for weights in memory; ``where`` they come from stands in messages."""
     ties = _ties(model)
     state: dict[str, Tensor] = {}
-    for name, weight in loaded.items():
+    for name, weight in load_packed(path).items():
         if isinstance(weight, PackedWeight):
             _place(model, name, weight)
             state |= {state_key(name, part): tensor for part, tensor in weight.tensors().items()}
@@ -103,11 +96,11 @@ def load_weights(
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=on_meta)
     except RuntimeError as error:
-        raise InvalidArgument(f"{where}: {error}") from error
+        raise InvalidArgument(f"{path}: {error}") from error
     missing = [name for name in missing if not _tie(model, name, ties, state)]
     if strict and (missing or unexpected):
         got = f"the names {brief(unexpected)} and not {brief(missing)}"
-        raise invalid(where, got, "the names of the model's parameters")
+        raise invalid(str(path), got, "the names of the model's parameters")
 
 
 def _place(model: nn.Module, name: str, weight: PackedWeight) -> None:

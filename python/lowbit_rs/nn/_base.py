@@ -161,22 +161,7 @@ class PackedModule(nn.Module):
 
     def pack_like(self, weight: Tensor) -> PackedWeight:
         """A float matrix of this module's shape, packed as its weight is: the same format, and columns in its order."""
-        format, block_size, block_order, double_quant = self._scheme
-        permutation = self.weight_permutation
-        packed = quantize(
-            weight if permutation is None else weight.index_select(-1, permutation),
-            format,
-            block_size or "row",
-            double_quant,
-            self.weight_codebook,
-            scale_dtype=DTYPES[self.spec.scale_dtype],
-            block_order=block_order,
-            signed_absmax=self._spec.signed_absmax,
-        )
-        if permutation is None:
-            return packed
-        tensors = packed.tensors() | {"permutation": permutation.detach()}
-        return PackedWeight.from_tensors(packed.spec, packed.shape, packed.dtype, tensors)
+        return pack_like(weight, self.packed)
 
     def _misfit(self, state_dict: Mapping[str, Any], prefix: str, scheme: list[Any] | None) -> str | None:
         """Why the packed weight of a state_dict cannot be that of this module, where torch would not notice."""
@@ -244,3 +229,22 @@ def empty_packed(
     if permuted:
         tensors["permutation"] = torch.arange(shape[-1], dtype=torch.int32, device=device)
     return PackedWeight.from_tensors(spec, shape, torch.get_default_dtype() if dtype is None else dtype, tensors)
+
+
+def pack_like(weight: Tensor, packed: PackedWeight) -> PackedWeight:
+    """A float weight of the shape of ``packed``, in its format, and with columns in its order."""
+    format, block_size, block_order, double_quant = packed.scheme
+    permutation = packed.permutation
+    new = quantize(
+        weight if permutation is None else weight.index_select(-1, permutation),
+        format,
+        block_size or "row",
+        double_quant,
+        packed.codebook,
+        scale_dtype=DTYPES[packed.spec.scale_dtype],
+        block_order=block_order,
+        signed_absmax=packed.spec.signed_absmax,
+    )
+    if permutation is None:
+        return new
+    return PackedWeight.from_tensors(new.spec, new.shape, new.dtype, new.tensors() | {"permutation": permutation})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit_rs._native import Spec
+from lowbit_rs._ops import check_activation
 from lowbit_rs.errors import LowbitError, invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear_grouped, quantize
 from lowbit_rs.nn._base import cast_of, keeping_dtypes, misfit
@@ -49,9 +50,12 @@ class QuantExperts(nn.Module):
 
     dtype: torch.dtype
     compute_dtype: torch.dtype | None
+    activation: str
     has_gate: bool
     has_bias: bool
     act_fn: Callable[[Tensor], Tensor]
+    #: By stack: adapters that are added to its products, a [experts, r, inputs], b [experts, outputs, r] and a factor.
+    adapters: dict[str, list[tuple[Tensor, Tensor, float]]]
     post_expert_norm: Callable[[Tensor], Tensor]
     #: The class of the module that this one stands for; its gate is called as it is.
     _kind: Any
@@ -69,11 +73,12 @@ class QuantExperts(nn.Module):
         nonfinite: str = "error",
         *,
         compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
         scale_dtype: torch.dtype | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
     ) -> QuantExperts:
-        """The module ``experts`` with packed matrices. Options as in lowbit_rs.quantize.
+        """The module ``experts`` with packed matrices. Options as in lowbit_rs.quantize and QuantLinear.
 
         Raises InvalidArgument for a module without stacked experts, for matrices without values (meta device), and as
         quantize.
@@ -91,11 +96,16 @@ class QuantExperts(nn.Module):
                 block_order=block_order,
                 signed_absmax=signed_absmax,
             )
-        return cls.from_packed(experts, packed, compute_dtype=compute_dtype)
+        return cls.from_packed(experts, packed, compute_dtype=compute_dtype, activation=activation)
 
     @classmethod
     def from_packed(
-        cls, experts: nn.Module, packed: Mapping[str, PackedWeight], *, compute_dtype: torch.dtype | None = None
+        cls,
+        experts: nn.Module,
+        packed: Mapping[str, PackedWeight],
+        *,
+        compute_dtype: torch.dtype | None = None,
+        activation: str = "none",
     ) -> QuantExperts:
         """The module ``experts`` with the stacks ``packed`` [experts, outputs, inputs] in place of its own, by name."""
         names = _require_stacks(experts)
@@ -103,11 +113,14 @@ class QuantExperts(nn.Module):
             raise invalid("packed", sorted(packed), f"the stacks {', '.join(names)}")
         if compute_dtype is not None:
             dtype_name(compute_dtype, "compute_dtype")
+        check_activation(activation)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         _take_over(experts, new, without=names)
         new._kind = type(experts)
         new.compute_dtype = compute_dtype
+        new.activation = activation
+        new.adapters = {}
         new.dtype = packed["down_proj"].dtype
         new._stacks = {}
         for name in names:
@@ -148,7 +161,9 @@ class QuantExperts(nn.Module):
         experts: nn.Module = self._kind.__new__(self._kind)
         nn.Module.__init__(experts)
         own = [state_key(name, field) for name in self._stacks for field in FIELDS]
-        _take_over(self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype"))
+        _take_over(
+            self, experts, without=(*own, "_kind", "_stacks", "dtype", "compute_dtype", "activation", "adapters")
+        )
         for name, packed in self.stacks.items():
             weight = matrices(self, packed.dequantize(dtype)).contiguous()
             experts.register_parameter(name, nn.Parameter(weight))
@@ -179,7 +194,10 @@ class QuantExperts(nn.Module):
     def _multiply(self, name: str, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
         """Rows x [S, inputs] times the matrix of each row's expert, plus its bias: [S, outputs]."""
         _spec, scheme, shape, _fields = self._stacks[name]
-        y = packed_linear_grouped(x, counts, self._tensors(name), shape, scheme, self.compute_dtype)
+        how = self.compute_dtype, self.activation
+        y = packed_linear_grouped(x, counts, self._tensors(name), shape, scheme, *how)
+        for a, b, factor in self.adapters.get(name, ()):
+            y = y + (factor * _low_rank(x.to(a.dtype), counts, a, b)).to(y.dtype)
         if self.has_bias:
             y = y + self.get_parameter(f"{name}_bias")[expert_ids]
         return y
@@ -210,7 +228,16 @@ class QuantExperts(nn.Module):
     def extra_repr(self) -> str:
         """The stacks and how they are packed."""
         stacks = [f"{name}={shape}" for name, (_, _, shape, _) in self._stacks.items()]
-        return f"{self._kind.__name__}, {', '.join(stacks)}, {describe(self.stacks['down_proj'].spec)}"
+        rounded = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"{self._kind.__name__}, {', '.join(stacks)}, {describe(self.stacks['down_proj'].spec)}{rounded}"
+
+
+def _low_rank(x: Tensor, counts: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Rows x [S, inputs], sorted by expert, times ``b[e] @ a[e]`` of their expert; rows beyond them become zero."""
+    sizes = counts.tolist()
+    *own, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
+    products = [rows @ down.T @ up.T for rows, down, up in zip(own, a, b, strict=True)]
+    return torch.cat([*products, rest.new_zeros(rest.shape[0], b.shape[1])])
 
 
 def matrices(experts: nn.Module, stack: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ def _replace_one(
         elif isinstance(module, nn.Embedding):
             new = QuantEmbedding.from_embedding(module, **options)
         else:
-            new = QuantExperts.from_experts(module, compute_dtype=of_products["compute_dtype"], **options)
+            new = QuantExperts.from_experts(module, **of_products, **options)
     packed = new.stacks if isinstance(new, QuantExperts) else {"weight": new.packed}
     for key, weight in _weights(module).items():
         row_name = f"{name}.{key}" if isinstance(new, QuantExperts) else name

@@ -1,7 +1,7 @@
 //! The oracle of every test: plain loops, sums in f64, no tricks.
 
 use crate::codebook::Codebook;
-use crate::format::{Format, packing};
+use crate::format::{Format, Shift, packing};
 use crate::storage::PackedWeight;
 
 /// What a block of finite weights is packed into.
@@ -15,7 +15,7 @@ pub struct Block {
     pub shift: f32,
 }
 
-/// Quantizes one block: `scale = absmax / limit`, codes by the codebook's thresholds (`int8`: to nearest even).
+/// Quantizes one block: `scale = absmax / limit`, codes by the codebook's thresholds (8 bits: to nearest even).
 /// `shift_as_stored` is how a format with shifts rounds one when storing it.
 pub fn quantize_block(
     weights: &[f32],
@@ -25,11 +25,13 @@ pub fn quantize_block(
     shift_as_stored: impl Fn(f32) -> f32,
 ) -> Block {
     let limit = codebook.map_or(127.0, Codebook::limit);
-    let shift =
-        if format.has_shift() { shift_as_stored(weights.iter().copied().fold(f32::INFINITY, f32::min)) } else { 0.0 };
+    let low = weights.iter().copied().fold(f32::INFINITY, f32::min);
+    let high = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let shift = format.shift().map_or(0.0, |shift| shift_as_stored(shift.of(low, high)));
     let mut extent = 0.0_f32;
     for &weight in weights {
-        let distance = if format.has_shift() { (weight - shift).max(0.0) } else { weight };
+        let distance = weight - shift;
+        let distance = if format.shift() == Some(Shift::Minimum) { distance.max(0.0) } else { distance };
         if distance.abs() > extent.abs() {
             extent = distance;
         }

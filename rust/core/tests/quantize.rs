@@ -6,7 +6,7 @@ use common::{Owned, Vector, dtypes, on_every_isa, round_to, shapes, specs, weigh
 use lowbit_core::codebook::dynamic_map;
 use lowbit_core::cpu::{self, NonFinite};
 use lowbit_core::dtype::Dtype;
-use lowbit_core::format::{BlockOrder, BlockSize, Format, Spec, packing};
+use lowbit_core::format::{BlockOrder, BlockSize, Format, Shift, Spec, packing};
 use lowbit_core::{Error, reference};
 use proptest::prelude::*;
 
@@ -22,7 +22,7 @@ const PLAIN: Spec = Spec {
 /// Code of the weight at (`row`, `col`).
 fn code_at(owned: &Owned, row: usize, col: usize) -> u8 {
     let index = owned.view().layout().code_index(row, col);
-    if owned.spec.format == Format::Int8 { owned.codes[index] } else { packing::nibble(&owned.codes, index) }
+    if owned.spec.format.bits() == 8 { owned.codes[index] } else { packing::nibble(&owned.codes, index) }
 }
 
 /// The positions of every block's weights, in order.
@@ -179,6 +179,8 @@ proptest! {
     fn packing_again_gives_the_same_codes((rows, cols) in shapes(), (spec, table) in specs(), seed: u64) {
         // Tables that map the largest weight of a block to an end: the second absmax is then the first.
         prop_assume!(spec.format != Format::Custom && !spec.double_quant);
+        // A minimum is a weight of its block again. A middle is not, and is rounded another way the second time.
+        prop_assume!(spec.format.shift() != Some(Shift::Middle));
         let source = Vector::from_f32(Dtype::Float32, &weights(rows * cols, seed, 1.0));
         let once = Owned::quantize(&source, rows, cols, spec, table).unwrap();
         let twice = Owned::quantize(&once.dequantize(Dtype::Float32), rows, cols, spec, table).unwrap();
@@ -187,7 +189,7 @@ proptest! {
             let plus = |code| if spec.format == Format::Fp4 && code == 8 { 0 } else { code };
             codes.iter().map(|byte| plus(byte >> 4) << 4 | plus(byte & 15)).collect()
         };
-        if spec.format == Format::Int8 {
+        if spec.format.bits() == 8 {
             prop_assert_eq!(&once.codes, &twice.codes);
         } else {
             prop_assert_eq!(no_sign(&once.codes), no_sign(&twice.codes));
@@ -255,7 +257,7 @@ fn extreme_magnitudes_keep_their_codes() {
 
 #[test]
 fn zero_blocks_unpack_to_zeros() {
-    for format in [Format::Nf4, Format::Fp4, Format::Int4, Format::Uint4, Format::Int8] {
+    for format in Format::ALL.into_iter().filter(|&format| format != Format::Custom) {
         for double_quant in [false, true] {
             let spec = Spec { format, double_quant, ..PLAIN };
             let mut values = vec![0.0; 64 * 4];

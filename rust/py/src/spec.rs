@@ -65,7 +65,7 @@ impl PySpec {
         parse().map(Self).map_err(|error| to_python(&error))
     }
 
-    /// The name of the code values: nf4, fp4, int4, uint4, int8 or custom.
+    /// The name of the code values: nf4, fp4, int4, uint4, int8, uint8 or custom.
     #[getter]
     fn format(&self) -> &'static str {
         self.0.format.name()

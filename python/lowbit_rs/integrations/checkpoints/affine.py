@@ -7,7 +7,8 @@ float32 must hold the product, of at most 11 + 9 bits, and so every part of it, 
 - With one zero point in the middle of the range (symmetric), codes are those of ``int4`` or ``int8`` and the scale is
   kept in its dtype: ``w = scale * (q - 8)``.
 - With others, ``uint4`` has the scale and the shift ``-scale * zero`` in float32, in which both are exact, and so is
-  their sum. A float16 shift would be rounded.
+  their sum; ``uint8``, whose codes are stored less 128, has the shift ``scale * (128 - zero)``. A float16 shift would
+  be rounded.
 
 Where the scales of a file are float32 and zero points are not in the middle, the library's ``scale * (q - zero)`` and
 our ``scale * q + shift`` are rounded in float32, and may differ by a step of float32 at ``scale * zero``.
@@ -59,10 +60,7 @@ def spec_of(bits: int, zeros: Tensor | None, group_size: int, cols: int, scale_d
     block_size = block_size_of(group_size, cols)
     if symmetric:
         return make_spec((f"int{bits}", block_size, "row", False), dtype_name(scale_dtype, "scales"))
-    if bits == 8:
-        reason = "8-bit weights have no zero points here other than 128; quantize it symmetrically, or in 4 bits"
-        raise unsupported("8-bit weights with zero points", reason)
-    return make_spec(("uint4", block_size, "row", False))
+    return make_spec((f"uint{bits}", block_size, "row", False))
 
 
 def tensors_of(
@@ -73,7 +71,8 @@ def tensors_of(
         return {"data": data, "scale": per_block(scale, group_size, cols)}
     assert zeros is not None
     scale = scale.float()
-    shift = -scale * zeros
+    code_of_zero = zeros.float() - 128 if spec.bits == 8 else zeros
+    shift = -scale * code_of_zero
     return {
         "data": data,
         "scale": per_block(scale, group_size, cols),

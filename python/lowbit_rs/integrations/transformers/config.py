@@ -60,7 +60,7 @@ class LowbitConfig(QuantizationConfigMixin):
       ``nonfinite``: as in :func:`lowbit_rs.quantize`; ``codebook`` may also be "block-optimal", the values that are
       best for normal weights at this block size, or "fit", those that are best for each weight.
     - ``compute_dtype``: activations are rounded to it before a product; by default they are taken as they come.
-    - ``activation``: "int8" lets linear layers round activations to 8 bits where that is faster: see QuantLinear.
+    - ``activation``: "int8" lets products round activations to 8 bits where that is faster: see QuantLinear.
     - ``skip_modules``: names or patterns of modules that stay as they are, as ``skip`` of
       :func:`lowbit_rs.quantize_model`. By default, the output head and what the model asks to have in fp32. Given, it
       takes the place of the default; modules that share their weight with another one stay in any case.

@@ -96,7 +96,7 @@ def place(
         bias = module._parameters.get("bias")
         new = kind.from_packed(packed["weight"], bias, compute_dtype=compute_dtype, activation=activation)
     else:
-        new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype)
+        new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype, activation=activation)
     replace_module(model, module, new.train(module.training))
     return new
 

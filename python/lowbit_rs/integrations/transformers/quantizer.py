@@ -22,7 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from lowbit_rs.errors import InvalidArgument, invalid, unsupported
 from lowbit_rs.files.metadata import QuantizedTensor, encode_metadata
 from lowbit_rs.integrations.transformers import card, modules
-from lowbit_rs.integrations.transformers.stored import stored_weights
+from lowbit_rs.integrations.transformers.stored import StoredWeights, stored_weights
 from lowbit_rs.nn import QuantExperts, Report, ReportRow
 from lowbit_rs.nn.model import PACKED_MODULES
 from lowbit_rs.packed import describe, state_key
@@ -54,6 +54,8 @@ class LowbitQuantizer(HfQuantizer):
         self.report = Report()
         #: Of each parameter that is to be packed: bytes of its codes, and of its float values.
         self._sizes: dict[str, tuple[int, int]] = {}
+        #: As in StoredWeights: packed weights that are put together while loading.
+        self.stacks: dict[str, tuple[QuantizedTensor, QuantizedTensor]] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Raises Unsupported for a device map that cannot be served."""
@@ -69,8 +71,9 @@ class LowbitQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        stored = stored_weights(model, checkpoint_files) if self.pre_quantized else {}
-        plans = dict(stored) if stored else self._plans(model)
+        stored = stored_weights(model, checkpoint_files) if self.pre_quantized else StoredWeights()
+        self.stacks = stored.stacks
+        plans = stored.weights or self._plans(model)
         for name, weights in plans.items():
             source = model.get_submodule(name)
             config = self.quantization_config
@@ -138,6 +141,19 @@ class LowbitQuantizer(HfQuantizer):
         from lowbit_rs.integrations.transformers.operations import PackWeights
 
         return PackWeights(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:  # noqa: ARG002
+        """The model's converters, taking packed matrices where the checkpoint has them."""
+        from transformers.core_model_loading import WeightConverter
+
+        from lowbit_rs.integrations.transformers.operations import StackWeights
+
+        if not self.stacks:
+            return weight_conversions
+        return [
+            StackWeights.within(self, step) if isinstance(step, WeightConverter) else step
+            for step in weight_conversions
+        ]
 
     def pack(self, model: nn.Module, name: str, tensor: Tensor) -> dict[str, nn.Parameter]:
         """The parameters of the packed weight ``name``, whose float values are ``tensor``, by their names."""

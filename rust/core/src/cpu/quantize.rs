@@ -9,7 +9,7 @@ use super::simd::Simd;
 use super::source::Source;
 use crate::codebook::{self, Codebook};
 use crate::dtype::{Element, FloatsMut, with_floats};
-use crate::format::{Spec, double_quant, packing};
+use crate::format::{Shift, Spec, double_quant, packing};
 use crate::storage::{PackedWeightMut, ScalesMut};
 use crate::{Error, Result};
 
@@ -228,7 +228,7 @@ fn quantize_row<S: Simd>(
             }
             continue;
         }
-        let shift = shifts.as_mut().map_or(0.0, |shifts| shifts.set(index, range.min()));
+        let shift = shifts.as_mut().map_or(0.0, |shifts| shifts.set(index, rule.shift(weights, &range)));
         let block = rule.block(weights, &range, shift);
         block.encode(simd, rule, weights, codes);
         let stored = scales.set(index, block.scale());
@@ -275,6 +275,13 @@ impl Extremes {
     fn min(&self) -> f32 {
         f32::from_bits(ordered(self.low).cast_unsigned())
     }
+
+    /// The largest of `weights`, which few formats ask for.
+    #[inline(always)]
+    fn max(weights: &[f32]) -> f32 {
+        let high = weights.iter().map(|w| ordered(w.to_bits().cast_signed())).fold(i32::MIN, i32::max);
+        f32::from_bits(ordered(high).cast_unsigned())
+    }
 }
 
 /// How the weights of one block are normalized: `u = (w - shift) * limit / extent`.
@@ -294,19 +301,31 @@ impl Rule {
         Self { spec: out.spec, codebook, codes_of_ranks, block_size: out.layout.block_size, nonfinite }
     }
 
+    /// The shift of a block before it is stored.
+    #[inline(always)]
+    fn shift(&self, weights: &[f32], range: &Extremes) -> f32 {
+        match self.spec.format.shift() {
+            Some(Shift::Minimum) => range.min(),
+            Some(shift @ Shift::Middle) => shift.of(range.min(), Extremes::max(weights)),
+            None => 0.0,
+        }
+    }
+
     #[inline(always)]
     fn block(&self, weights: &[f32], range: &Extremes, shift: f32) -> Block {
         let limit = self.codebook.as_ref().map_or(f32::from(i8::MAX), Codebook::limit);
-        let extent = if self.spec.format.has_shift() {
-            // Through integers again, for the compiler's sake: a distance below zero counts as zero.
-            let distance = |&w: &f32| (w - shift).to_bits().cast_signed();
-            f32::from_bits(weights.iter().map(distance).fold(0, i32::max).cast_unsigned())
-        } else if self.spec.signed_absmax {
-            let absmax = range.absmax();
-            let is_negative = weights.iter().find(|w| w.abs() == absmax).is_some_and(|w| w.is_sign_negative());
-            if is_negative { -absmax } else { absmax }
-        } else {
-            range.absmax()
+        // Through integers again, for the compiler's sake.
+        let distances = weights.iter().map(|&w| (w - shift).to_bits());
+        let extent = match self.spec.format.shift() {
+            // A distance below zero counts as zero.
+            Some(Shift::Minimum) => f32::from_bits(distances.map(u32::cast_signed).fold(0, i32::max).cast_unsigned()),
+            Some(Shift::Middle) => f32::from_bits(distances.map(|bits| bits & !(1 << 31)).fold(0, u32::max)),
+            None if self.spec.signed_absmax => {
+                let absmax = range.absmax();
+                let is_negative = weights.iter().find(|w| w.abs() == absmax).is_some_and(|w| w.is_sign_negative());
+                if is_negative { -absmax } else { absmax }
+            }
+            None => range.absmax(),
         };
         Block { limit, extent, shift }
     }

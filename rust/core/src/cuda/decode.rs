@@ -53,6 +53,8 @@ const KERNELS: &[Kernel] = &[
     kernel!(4, 32, true, Double, "int4_block32_shift_double"),
     kernel!(8, 32, false, Scale32, "int8_scale32"),
     kernel!(8, 32, false, Scale16, "int8_scale16"),
+    kernel!(8, 32, true, Scale32, "int8_shift_scale32"),
+    kernel!(8, 32, true, Scale16, "int8_shift_scale16"),
 ];
 
 /// Bytes of codes that a warp takes of a row at once, `kUnitBytes`; and what is in shared memory, in bytes.
@@ -213,6 +215,7 @@ mod tests {
             (Format::Uint4, BlockSize::Elements(32), "linear_decode_bfloat16_int4_block32_shift_scale32_8"),
             (Format::Custom, BlockSize::Elements(4096), "linear_decode_bfloat16_int4_scale32_8"),
             (Format::Int8, BlockSize::Row, "linear_decode_bfloat16_int8_scale32_8"),
+            (Format::Uint8, BlockSize::Elements(128), "linear_decode_bfloat16_int8_shift_scale32_8"),
         ] {
             assert_eq!(plan(&problem(format, block_size, (4096, 4096), 4), HOPPER).expect("a kernel").entry, entry);
         }

@@ -9,6 +9,7 @@ use super::plan::{Operation, Plan, Problem, plan, sums_of};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number, row_codes};
 use crate::codebook::{self, Codebook};
 use crate::dtype::Dtype;
+use crate::format::Shift;
 use crate::{Error, Result};
 
 /// Bins in which a number's rank among the values of a codebook is looked up: `kBins` of `cuda/quantize.cu`.
@@ -60,7 +61,7 @@ struct Rule {
     is_sorted: i32,
     zero_code: i32,
     signed_absmax: i32,
-    has_shift: i32,
+    shift: i32,
     thresholds: [f32; codebook::LEN],
     order: [u8; codebook::LEN],
     ranks: [u8; BINS],
@@ -269,7 +270,7 @@ impl Rule {
             is_sorted: 1,
             zero_code: 0,
             signed_absmax: spec.signed_absmax.into(),
-            has_shift: spec.format.has_shift().into(),
+            shift: shift_number(spec.format.shift()),
             thresholds: [f32::INFINITY; codebook::LEN],
             order: [0; codebook::LEN],
             ranks: [0; BINS],
@@ -306,6 +307,15 @@ impl Rule {
         let half = BINS as i64 / 2;
         let place = (f64::from(u) * f64::from(self.bin_scale)).floor() as i64;
         (place.clamp(-half, half - 1) + half) as usize
+    }
+}
+
+/// `Shift` of `cuda/include/lowbit/weight.cuh`.
+fn shift_number(shift: Option<Shift>) -> i32 {
+    match shift {
+        None => 0,
+        Some(Shift::Minimum) => 1,
+        Some(Shift::Middle) => 2,
     }
 }
 

@@ -6,4 +6,4 @@ pub mod packing;
 mod spec;
 
 pub use blocks::Layout;
-pub use spec::{BlockOrder, BlockSize, Format, Spec};
+pub use spec::{BlockOrder, BlockSize, Format, Shift, Spec};

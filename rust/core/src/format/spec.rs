@@ -17,13 +17,15 @@ pub enum Format {
     Uint4,
     /// Integers -127..127.
     Int8,
+    /// Integers 0..255, stored less 128, with a shift per block: the middle of its range.
+    Uint8,
     /// A table of up to 16 values that travels with the weight.
     Custom,
 }
 
 impl Format {
     /// Every format, in the order of the documentation.
-    pub const ALL: [Self; 6] = [Self::Nf4, Self::Fp4, Self::Int4, Self::Uint4, Self::Int8, Self::Custom];
+    pub const ALL: [Self; 7] = [Self::Nf4, Self::Fp4, Self::Int4, Self::Uint4, Self::Int8, Self::Uint8, Self::Custom];
 
     /// The name in the Python API and in files.
     pub const fn name(self) -> &'static str {
@@ -33,6 +35,7 @@ impl Format {
             Self::Int4 => "int4",
             Self::Uint4 => "uint4",
             Self::Int8 => "int8",
+            Self::Uint8 => "uint8",
             Self::Custom => "custom",
         }
     }
@@ -43,7 +46,7 @@ impl Format {
             Error::invalid(
                 "format",
                 format!("{name:?}"),
-                "\"nf4\", \"fp4\", \"int4\", \"uint4\", \"int8\" or \"custom\"",
+                "\"nf4\", \"fp4\", \"int4\", \"uint4\", \"int8\", \"uint8\" or \"custom\"",
             )
         })
     }
@@ -51,24 +54,53 @@ impl Format {
     /// Bits of one code.
     pub const fn bits(self) -> usize {
         match self {
-            Self::Int8 => 8,
+            Self::Int8 | Self::Uint8 => 8,
             _ => 4,
         }
     }
 
     /// Whether a block has a shift beside its scale.
     pub const fn has_shift(self) -> bool {
-        matches!(self, Self::Uint4)
+        self.shift().is_some()
     }
 
-    /// The built-in 16-value table; none for `int8`, whose codes are their own values, and for `custom`.
+    /// What the shift of a block is, where it has one.
+    pub const fn shift(self) -> Option<Shift> {
+        match self {
+            Self::Uint4 => Some(Shift::Minimum),
+            Self::Uint8 => Some(Shift::Middle),
+            _ => None,
+        }
+    }
+
+    /// The built-in 16-value table; none for 8 bits, whose codes are their own values, and for `custom`.
     pub fn codebook(self) -> Option<Codebook> {
         match self {
             Self::Nf4 => Some(codebook::nf4()),
             Self::Fp4 => Some(codebook::fp4()),
             Self::Int4 => Some(codebook::int4()),
             Self::Uint4 => Some(codebook::uint4()),
-            Self::Int8 | Self::Custom => None,
+            Self::Int8 | Self::Uint8 | Self::Custom => None,
+        }
+    }
+}
+
+/// What a quantizer takes for the shift of a block, which is the weight that a code of 0 stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Shift {
+    /// The smallest weight: no code is below 0.
+    Minimum,
+    /// The middle between the smallest and the largest: codes are signed.
+    Middle,
+}
+
+impl Shift {
+    /// The shift, before it is stored, of a block of weights from `low` to `high`.
+    pub fn of(self, low: f32, high: f32) -> f32 {
+        match self {
+            Self::Minimum => low,
+            // In f64 the sum is exact enough to be rounded once. The middle of zeros of either sign is +0.
+            Self::Middle => f64::midpoint(low.into(), high.into()) as f32 + 0.0,
         }
     }
 }
@@ -156,7 +188,7 @@ impl Spec {
         Ok(())
     }
 
-    /// The table of a 4-bit format, `custom` being that of a custom one; none for `int8`.
+    /// The table of a 4-bit format, `custom` being that of a custom one; none for 8 bits.
     pub fn codebook(&self, custom: Option<&[f32]>) -> Result<Option<Codebook>> {
         match (self.format, custom) {
             (Format::Custom, Some(values)) => Codebook::new(values).map(Some),
