@@ -10,6 +10,7 @@ use super::tiles::{Line, ROWS};
 use crate::codebook::LEN;
 use crate::cpu::codes::load_words;
 use crate::cpu::scales::{prefetch_scale, read_scales, read_shifts};
+use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
 use crate::storage::PackedWeight;
 use std::arch::x86_64::{
@@ -24,6 +25,8 @@ pub(super) const TABLE_COLS: usize = 64;
 pub(super) const GROUP_STEPS: usize = 4;
 /// Most tables that a row of a panel takes: as many as a strip has columns for.
 const MOST_TABLES: usize = LARGE_STRIP / TABLE_COLS;
+/// How many rows before its own a row's scales are asked for.
+const SCALES_AHEAD: usize = 4;
 /// Groups of a chunk.
 const GROUPS: usize = CHUNK_STEPS / GROUP_STEPS;
 
@@ -82,6 +85,8 @@ impl Rows<'_> {
             let row = index.min(last);
             let codes = self.codes[row * self.row_bytes..].as_ptr();
             self.ahead.ask(simd, index, codes.wrapping_add(self.row_bytes), self.chunk_bytes);
+            let scales = self.scales.as_ptr().wrapping_add((row + SCALES_AHEAD) * self.blocks + self.block_of[0]);
+            simd.prefetch_near(scales.cast());
             let first_line = (index / ROWS) * PANEL_LINES + index % ROWS;
             for group in 0..whole + rest.min(1) {
                 // SAFETY: the asserts vouch for codes of whole groups, blocks, and the panel's lines.
