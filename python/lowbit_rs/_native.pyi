@@ -1,7 +1,9 @@
 """The Rust extension: private, called by the modules around it. Tensors are passed as addresses and lengths."""
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
+
+from torch import Tensor
 
 _Buffer: TypeAlias = tuple[int, int]
 """Address and number of elements."""
@@ -91,6 +93,18 @@ class WeightView:
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
+
+@final
+class LinearCall:
+    """The product of a layer whose tensors lie where they lay at the call before; None leaves it to the ordinary way.
+
+    ``owner._view()`` is asked for a view of the weight where the last one does not fit any more. Without torch's table
+    of C functions, which it has from 2.10 on, every call gives None.
+    """
+
+    def __new__(cls, keys: list[str], may_overlap: bool) -> LinearCall: ...
+    def __reduce__(self) -> tuple[type[LinearCall], tuple[list[str], bool]]: ...
+    def run(self, owner: Any, parameters: dict[str, Any], x: Tensor, activation: str) -> Tensor | None: ...
 
 @final
 class CudaWeight:

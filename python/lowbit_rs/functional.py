@@ -164,6 +164,11 @@ def _linear(
     return backend.linear(view, x, bias, activation)
 
 
+def is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product of these is nothing but the product: nobody traces, watches or casts it."""
+    return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled() and _unwatched(x, bias)
+
+
 def packed_linear_grouped(
     x: Tensor,
     counts: Tensor,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit_rs._ops import check_activation
+from lowbit_rs._backends import linear_call
+from lowbit_rs._ops import borrow, check_activation
 from lowbit_rs.errors import invalid, unsupported
-from lowbit_rs.functional import CodebookLike, packed_linear, quantize
+from lowbit_rs.functional import CodebookLike, is_plain_call, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
 from lowbit_rs.packed import BlockSize, PackedWeight, describe, dtype_name
 
@@ -78,6 +79,7 @@ class QuantLinear(PackedModule, nn.Linear):
         self.compute_dtype = compute_dtype
         self.activation = activation
         self._hold(packed)
+        self._call = linear_call(self._operand_keys)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -153,9 +155,18 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
-        bias, permutation = self._parameters["bias"], self._parameters["weight_permutation"]
+        parameters = self._parameters
+        bias, permutation = parameters["bias"], parameters["weight_permutation"]
+        if permutation is None and self.compute_dtype is None and is_plain_call(input, bias):
+            result = self._call.run(self, parameters, input, self.activation)
+            if result is not None:
+                return result
         how = self.compute_dtype, permutation, self.activation
         return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, *how)
+
+    def _view(self) -> Any:
+        """A view of the weight, as the backend of its device makes it."""
+        return borrow(self._tensors(), self._shape, self._scheme)[1]
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""

@@ -5,9 +5,11 @@
 use pyo3::prelude::*;
 
 mod buffers;
+mod calls;
 mod codebooks;
 mod cuda;
 mod errors;
+mod exchange;
 mod operations;
 mod spec;
 mod weight;
@@ -21,6 +23,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PySpec>()?;
     module.add_class::<spec::PyLayout>()?;
     module.add_class::<weight::WeightView>()?;
+    module.add_class::<calls::LinearCall>()?;
     operations::register(module)?;
     cuda::register(module)
 }
