@@ -11,10 +11,10 @@ use crate::codebook::{self, Codebook};
 use crate::dtype::Dtype;
 use crate::{Error, Result};
 
-/// Bins in which a number's rank among the values of a codebook is looked up: `kBins` of `cuda/quantize.cu`.
+/// Bins in which a number's rank among the values of a codebook is looked up: `kBins` of `quantize_codes.cuh`.
 const BINS: usize = 32;
-/// Blocks that the vector kernel takes: from one lane of 16 weights to a warp of them.
-const VECTOR_BLOCKS: std::ops::RangeInclusive<usize> = 16..=512;
+/// Weights of a thread's vector: `kVector` of `quantize_codes.cuh`.
+const VECTOR: usize = 16;
 /// What the status starts as: beyond any index.
 const NONE: i64 = -1;
 
@@ -42,7 +42,7 @@ pub struct Workspace {
     pub sums: Option<DeviceBuffer>,
 }
 
-/// As the kernels get them: `Source`, `Rule` and `Target` of `cuda/quantize.cu`.
+/// As the kernels get them: `Source`, `Rule` and `Target` of `quantize_codes.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct KernelSource {
@@ -57,7 +57,6 @@ struct Rule {
     limit: f32,
     bin_scale: f32,
     steps: i32,
-    is_sorted: i32,
     zero_code: i32,
     signed_absmax: i32,
     has_shift: i32,
@@ -83,7 +82,7 @@ struct Target {
     shift_dtype: i32,
 }
 
-const _: () = assert!(size_of::<KernelSource>() == 56 && size_of::<Rule>() == 140 && size_of::<Target>() == 80);
+const _: () = assert!(size_of::<KernelSource>() == 56 && size_of::<Rule>() == 136 && size_of::<Target>() == 80);
 
 // SAFETY: `repr(C)`, the fields of the C++ struct in their order.
 unsafe impl Argument for KernelSource {}
@@ -154,8 +153,7 @@ fn planned(
         && (rows <= 1 || source.strides[1] == cols as isize)
         && (source.shape[0] <= 1 || source.strides[0] == (rows * cols) as isize);
     let is_vectorized = is_dense
-        && VECTOR_BLOCKS.contains(&layout.block_size)
-        && layout.block_size.is_power_of_two()
+        && layout.block_size.is_multiple_of(VECTOR)
         && layout.cols.is_multiple_of(layout.block_size)
         && source.address.is_multiple_of(16)
         && out.kernel().codes.0.is_multiple_of(2 * layout.bits as u64);
@@ -266,7 +264,6 @@ impl Rule {
             limit: codebook.map_or(f32::from(i8::MAX), Codebook::limit),
             bin_scale: 0.0,
             steps: 0,
-            is_sorted: 1,
             zero_code: 0,
             signed_absmax: spec.signed_absmax.into(),
             has_shift: spec.format.has_shift().into(),
@@ -275,7 +272,6 @@ impl Rule {
             ranks: [0; BINS],
         };
         if let Some(codebook) = codebook {
-            rule.is_sorted = codebook.is_sorted().into();
             rule.zero_code = codebook.encode(0.0).into();
             rule.thresholds[..codebook.thresholds().len()].copy_from_slice(codebook.thresholds());
             rule.order = *codebook.order();
@@ -284,28 +280,37 @@ impl Rule {
         rule
     }
 
-    /// For each bin, the thresholds in bins below it; and the most that are in one bin.
+    /// For each bin, the thresholds in bins below it; and the most that numbers in one bin have to be compared with.
     fn fill_bins(&mut self, codebook: &Codebook) {
         // A little less than half of the bins to each side, so that rounding leads to none beyond.
         self.bin_scale = ((BINS / 2) as f32 - 0.5) / codebook.limit();
         let mut bins = [0_u8; BINS];
+        let mut compared = [0_u8; BINS];
         for &threshold in codebook.thresholds().iter().filter(|threshold| threshold.is_finite()) {
-            bins[self.bin(threshold)] += 1;
+            let bin = self.bin(threshold);
+            bins[bin] += 1;
+            // No number of the bin is above its upper end.
+            let is_end = self.place(threshold).fract() == 0.0;
+            compared[bin] += u8::from(!is_end);
         }
         let mut below = 0;
         for (rank, &count) in self.ranks.iter_mut().zip(&bins) {
             *rank = below;
             below += count;
         }
-        self.steps = bins.into_iter().max().unwrap_or(0).into();
+        self.steps = compared.into_iter().max().unwrap_or(0).into();
     }
 
-    /// The bin of a number, as the kernel finds it for those up to the limit: bins are in the order of their numbers. In
-    /// f64 the product is exact.
+    /// A number in bins from the middle; in f64 the product is exact.
+    fn place(&self, u: f32) -> f64 {
+        f64::from(u) * f64::from(self.bin_scale)
+    }
+
+    /// The bin of a number, as the kernel finds it for those up to the limit: bins are in the order of their numbers, and
+    /// each has its upper end.
     fn bin(&self, u: f32) -> usize {
         let half = BINS as i64 / 2;
-        let place = (f64::from(u) * f64::from(self.bin_scale)).floor() as i64;
-        (place.clamp(-half, half - 1) + half) as usize
+        ((self.place(u).ceil() as i64 - 1).clamp(-half, half - 1) + half) as usize
     }
 }
 
@@ -359,13 +364,13 @@ mod tests {
         DeviceWeight::new(spec, (1, 16), buffer(8), buffer(1), None, shifts, custom).expect("right lengths")
     }
 
-    /// The kernel's `code_of`, step by step.
+    /// The kernel's `quick_code` where it is used, and its `any_code`, step by step.
     fn code_of(rule: &Rule, u: f32) -> u8 {
         let mut rank = usize::from(rule.ranks[rule.bin(u)]);
         for _ in 0..rule.steps {
             rank += usize::from(u > rule.thresholds[rank]);
         }
-        if rule.is_sorted == 1 { rank as u8 } else { rule.order[rank] }
+        rule.order[rank]
     }
 
     fn agrees(codebook: &Codebook, format: Format, u: f32) {
@@ -391,10 +396,10 @@ mod tests {
     }
 
     #[test]
-    fn the_tables_in_use_are_settled_in_few_comparisons() {
-        for (format, steps) in [(Format::Nf4, 1), (Format::Int4, 1), (Format::Uint4, 1), (Format::Fp4, 2)] {
+    fn the_tables_in_use_are_settled_in_one_comparison() {
+        for format in [Format::Nf4, Format::Int4, Format::Uint4, Format::Fp4] {
             let rule = Rule::new(&weight(format), format.codebook().as_ref());
-            assert!(rule.steps <= steps, "{format:?}: {}", rule.steps);
+            assert!(rule.steps <= 1, "{format:?}: {}", rule.steps);
         }
     }
 
