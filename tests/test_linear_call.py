@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lowbit_rs
 from lowbit_rs import InvalidArgument, QuantLinear, _native
-from lowbit_rs.functional import is_plain_call, packed_linear
+from lowbit_rs.functional import packed_linear
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no table of C functions"
@@ -203,17 +203,20 @@ def test_options_of_a_layer(device: str) -> None:
 
 def test_whoever_watches_sees_the_operator(device: str) -> None:
     layer, x = make(device), torch.randn(2, 128, device=device)
-    assert is_plain_call(x, layer.bias)
+    assert quick(layer, x) is not None
     wanted = x.clone().requires_grad_()
     y = layer(wanted)
     assert y.grad_fn is not None
     y.sum().backward()
     torch.testing.assert_close(wanted.grad, layer.dequantize().sum(0).expand(2, 128))
     with torch.no_grad():
-        assert is_plain_call(wanted, layer.bias)
+        assert quick(layer, wanted) is not None
     with torch.autocast(device, torch.bfloat16):
-        assert not is_plain_call(x, layer.bias)
+        assert quick(layer, x) is None
         assert layer(x).dtype == torch.bfloat16
+    negated = torch._neg_view(x)
+    assert quick(layer, negated) is None
+    assert torch.equal(layer(negated), layer(-x))
     graph = make_fx(layer)(x)
     assert "lowbit_rs.linear.default" in graph.code
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:

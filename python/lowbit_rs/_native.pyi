@@ -1,6 +1,6 @@
 """The Rust extension: private, called by the modules around it. Tensors are passed as addresses and lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, final
 
 from torch import Tensor
@@ -98,8 +98,8 @@ class WeightView:
 class LinearCall:
     """The product of a layer whose tensors lie where they lay at the call before; None leaves it to the ordinary way.
 
-    ``owner._view()`` is asked for a view of the weight where the last one does not fit any more. Without torch's table
-    of C functions, which it has from 2.10 on, every call gives None.
+    ``owner._view()`` is asked for a view of the weight where the last one does not fit any more. Before ``use_torch``
+    was called, every call gives None.
     """
 
     def __new__(cls, keys: list[str], may_overlap: bool) -> LinearCall: ...
@@ -184,6 +184,16 @@ def cuda_linear(
     out: _Floats,
     stream: int,
     may_overlap: bool,
+) -> None: ...
+def use_torch(
+    exchange: Any,
+    plain_types: list[type],
+    plain_keys: int,
+    included_keys: Callable[[], Any],
+    function_modes: Callable[[], int],
+    is_grad_enabled: Callable[[], bool],
+    is_autocast_enabled: Callable[[], bool],
+    num_threads: Callable[[], int],
 ) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

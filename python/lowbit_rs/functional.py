@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit_rs import _ops
 from lowbit_rs._backends import backend_of
+from lowbit_rs._native import use_torch
 from lowbit_rs.errors import invalid
 from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name, field_dtypes, make_spec, unpermuted
 
@@ -44,6 +45,18 @@ _PLAIN_TENSOR = _raw(
     _KEY.AutocastCUDA,
 )
 _PLAIN_THREAD = _raw(_KEY.BackendSelect, _KEY.ADInplaceOrView)
+
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # from torch 2.10 on
+    use_torch(
+        torch.Tensor.__dlpack_c_exchange_api__,
+        [Tensor, torch.nn.Parameter],
+        _PLAIN_THREAD,
+        torch._C._dispatch_tls_local_include_set,
+        torch._C._len_torch_function_stack,
+        torch.is_grad_enabled,
+        torch._C._is_any_autocast_enabled,
+        torch.get_num_threads,
+    )
 
 
 def quantize(
@@ -162,11 +175,6 @@ def _linear(
     _ops.check_linear(x, bias, weight, shape)
     backend, view = _ops.borrow(weight, shape, scheme)
     return backend.linear(view, x, bias, activation)
-
-
-def is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether a product of these is nothing but the product: nobody traces, watches or casts it."""
-    return not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled() and _unwatched(x, bias)
 
 
 def packed_linear_grouped(

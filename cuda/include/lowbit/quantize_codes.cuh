@@ -22,8 +22,8 @@ struct Source {
 
 // How normalized weights become codes. A number's rank among the sorted values is counted in two steps: its bin, out of
 // kBins equal ones that cover -limit to limit, tells how many thresholds lie in the bins below, and `steps` comparisons
-// settle those in the bin itself. Bins are as many as banks, so that no lane waits for another. A bin has its upper end
-// and not its lower one: a threshold at its upper end, like that between FP4's two zeros, needs no comparison.
+// settle those in the bin itself. Bins are as many as banks, so that no lane waits for another. A threshold that is the
+// last number of its bin, like that between FP4's two zeros, needs no comparison.
 struct Rule {
   float limit;
   float bin_scale;
@@ -145,9 +145,8 @@ struct Block {
 
 // Four times the bin of |u| <= limit: an offset into a table of words.
 __device__ __forceinline__ uint32_t bin_of(const Rule& rule, float u) {
-  // A sum of this size ends in quarters, to the next of which it is rounded up. With a quarter less to begin with, its
-  // whole part is the bin whose end has not been passed.
-  const float shifted = __fmaf_ru(u, rule.bin_scale, 2097152.0f + kBins / 2 - 0.25f);
+  // A sum of this size ends in two bits of quarters, above which rounding toward zero leaves its whole part: the bin.
+  const float shifted = __fmaf_rz(u, rule.bin_scale, 2097152.0f + kBins / 2);
   return __float_as_uint(shifted) & (kBins - 1) * 4;
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowbit_rs._backends import linear_call
 from lowbit_rs._ops import borrow, check_activation
 from lowbit_rs.errors import invalid, unsupported
-from lowbit_rs.functional import CodebookLike, is_plain_call, packed_linear, quantize
+from lowbit_rs.functional import CodebookLike, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
 from lowbit_rs.packed import BlockSize, PackedWeight, describe, dtype_name
 
@@ -157,7 +157,7 @@ class QuantLinear(PackedModule, nn.Linear):
         """``input @ W.T + bias`` for input [..., in_features]."""
         parameters = self._parameters
         bias, permutation = parameters["bias"], parameters["weight_permutation"]
-        if permutation is None and self.compute_dtype is None and is_plain_call(input, bias):
+        if permutation is None and self.compute_dtype is None and not torch.compiler.is_compiling():
             result = self._call.run(self, parameters, input, self.activation)
             if result is not None:
                 return result

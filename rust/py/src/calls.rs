@@ -14,13 +14,15 @@ use crate::buffers::{floats, floats_mut};
 use crate::cuda::CudaWeight;
 use crate::errors::run;
 use crate::exchange::{Exchange, Memory, Place};
+use crate::torch::Torch;
 use crate::weight::WeightView;
 
 /// Multiplies with the weight that a dict of tensors holds, as long as these lie where they lay at the call before.
 ///
 /// A call reads where every tensor lies now, how long it is and of what: that is all that a view of a weight is made of.
 /// The view of the last call is used again if all of it is the same, so nothing can go stale, whatever became of the
-/// tensors in between. `None` stands for everything that the ordinary way has to serve, or to refuse with a reason.
+/// tensors in between. `None` stands for everything that the ordinary way has to serve, or to refuse with a reason: calls
+/// that somebody watches, first of all.
 #[pyclass(module = "lowbit_rs._native", frozen)]
 pub(crate) struct LinearCall {
     keys: Vec<Py<PyString>>,
@@ -70,12 +72,16 @@ impl LinearCall {
         activation: &str,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = x.py();
-        let Some(exchange) = Exchange::get(py) else { return Ok(None) };
+        let Some(torch) = Torch::get(py) else { return Ok(None) };
+        let bias = parameters.get_item(intern!(py, "bias"))?.filter(|bias| !bias.is_none());
+        if !torch.is_plain_call(x, bias.as_ref())? {
+            return Ok(None);
+        }
+        let exchange = &torch.exchange;
         let mut shape = Vec::with_capacity(4);
         let Some(memory) = exchange.read(x, &mut shape) else { return Ok(None) };
         // Held until the work is queued or done, whatever other threads do to the dict.
         let Some(tensors) = self.tensors(parameters)? else { return Ok(None) };
-        let bias = parameters.get_item(intern!(py, "bias"))?.filter(|bias| !bias.is_none());
         let Some(known) = self.known(exchange, owner, &tensors)? else { return Ok(None) };
         let (rows, cols) = known.view.shape();
         let Some(width) = shape.last_mut().filter(|width| **width == cols as i64) else { return Ok(None) };
@@ -91,7 +97,7 @@ impl LinearCall {
         let Some(result) = exchange.read(&out, &mut shape) else { return Ok(None) };
         match &known.view {
             View::Cpu(view) => {
-                let threads = threads(py)?;
+                let threads = torch.threads(py)?;
                 let view = view.get();
                 run(py, || operands.multiply_on_cpu(view, ActivationFormat::parse(activation)?, result, threads))?;
             }
@@ -197,12 +203,4 @@ impl Operands {
         // SAFETY: all tensors are on the weight's device, and torch keeps their memory until the stream is done.
         unsafe { cuda::linear(queue, view.weight(), x, bias, floats(out, self.dtype)) }
     }
-}
-
-/// torch's number of threads.
-fn threads(py: Python<'_>) -> PyResult<usize> {
-    static FUNCTION: pyo3::sync::PyOnceLock<Py<PyAny>> = pyo3::sync::PyOnceLock::new();
-    let function =
-        FUNCTION.get_or_try_init(py, || Ok::<_, PyErr>(py.import("torch")?.getattr("get_num_threads")?.unbind()))?;
-    function.bind(py).call0()?.extract()
 }

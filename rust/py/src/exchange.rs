@@ -1,12 +1,11 @@
 //! torch's tensors, read without calling Python: through the table of C functions that DLPack 1.3 defines and torch has from
-//! 2.10 on, under `torch.Tensor.__dlpack_c_exchange_api__`.
+//! 2.10 on, in `torch.Tensor.__dlpack_c_exchange_api__`.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
 
 use lowbit_core::dtype::Dtype;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::PyCapsule;
 
 /// The version of the table that the structs below lay out.
@@ -95,15 +94,9 @@ impl Element {
 }
 
 impl Exchange {
-    /// torch's, where it has one. It is looked for once.
-    pub(crate) fn get(py: Python<'_>) -> Option<&'static Self> {
-        static EXCHANGE: PyOnceLock<Option<Exchange>> = PyOnceLock::new();
-        EXCHANGE.get_or_init(py, || Self::find(py).ok().flatten()).as_ref()
-    }
-
-    fn find(py: Python<'_>) -> PyResult<Option<Self>> {
-        let capsule = py.import("torch")?.getattr("Tensor")?.getattr("__dlpack_c_exchange_api__")?;
-        let table = capsule.cast::<PyCapsule>()?.pointer_checked(Some(c"dlpack_exchange_api"))?;
+    /// That of a capsule of torch's; None where its version is another one.
+    pub(crate) fn of_capsule(capsule: &Bound<'_, PyCapsule>) -> PyResult<Option<Self>> {
+        let table = capsule.pointer_checked(Some(c"dlpack_exchange_api"))?;
         // SAFETY: the capsule of this name holds the table, which lives as long as the process; its head is that of every
         // version, and what lies behind it that of this one.
         let api = unsafe { table.cast::<ExchangeApi>().as_ref() };

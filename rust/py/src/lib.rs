@@ -12,6 +12,7 @@ mod errors;
 mod exchange;
 mod operations;
 mod spec;
+mod torch;
 mod weight;
 
 /// The extension module.
@@ -24,6 +25,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PyLayout>()?;
     module.add_class::<weight::WeightView>()?;
     module.add_class::<calls::LinearCall>()?;
+    module.add_function(wrap_pyfunction!(torch::use_torch, module)?)?;
     operations::register(module)?;
     cuda::register(module)
 }

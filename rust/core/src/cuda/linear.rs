@@ -35,7 +35,7 @@ struct Operands {
     is_dependent: i32,
 }
 
-const _: () = assert!(size_of::<Operands>() == 64, "as cuda/linear.cu and decode_plan.cuh have it");
+const _: () = assert!(size_of::<Operands>() == 72, "as cuda/linear.cu and decode_plan.cuh have it");
 
 // SAFETY: `repr(C)`, the fields of `DecodeOperands` in `decode_plan.cuh`; `Operands` in `cuda/linear.cu` has the first of them.
 unsafe impl Argument for Operands {}

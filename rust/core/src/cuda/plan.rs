@@ -76,6 +76,8 @@ pub(super) struct Share {
     pub(super) rest_parts: i32,
     /// Tiles of rows whose sums have room at a time.
     pub(super) tiles_a_pass: i32,
+    /// Visits of a warp that are under way at a time.
+    pub(super) depth: i32,
 }
 
 /// A line of the table.

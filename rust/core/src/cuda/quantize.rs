@@ -289,9 +289,9 @@ impl Rule {
         for &threshold in codebook.thresholds().iter().filter(|threshold| threshold.is_finite()) {
             let bin = self.bin(threshold);
             bins[bin] += 1;
-            // No number of the bin is above its upper end.
-            let is_end = self.place(threshold).fract() == 0.0;
-            compared[bin] += u8::from(!is_end);
+            // The last number of a bin: none in it is larger.
+            let is_last = self.bin(threshold.next_up()) != bin;
+            compared[bin] += u8::from(!is_last);
         }
         let mut below = 0;
         for (rank, &count) in self.ranks.iter_mut().zip(&bins) {
@@ -301,16 +301,12 @@ impl Rule {
         self.steps = compared.into_iter().max().unwrap_or(0).into();
     }
 
-    /// A number in bins from the middle; in f64 the product is exact.
-    fn place(&self, u: f32) -> f64 {
-        f64::from(u) * f64::from(self.bin_scale)
-    }
-
-    /// The bin of a number, as the kernel finds it for those up to the limit: bins are in the order of their numbers, and
-    /// each has its upper end.
+    /// The bin of a number, as the kernel finds it for those up to the limit: bins are in the order of their numbers. In
+    /// f64 the product is exact.
     fn bin(&self, u: f32) -> usize {
         let half = BINS as i64 / 2;
-        ((self.place(u).ceil() as i64 - 1).clamp(-half, half - 1) + half) as usize
+        let place = (f64::from(u) * f64::from(self.bin_scale)).floor() as i64;
+        (place.clamp(-half, half - 1) + half) as usize
     }
 }
 
