@@ -28,6 +28,7 @@ struct Rule {
   float limit;
   float bin_scale;
   int32_t steps;
+  int32_t is_sorted;      // codes are ranks
   int32_t zero_code;
   int32_t signed_absmax;
   int32_t has_shift;
@@ -35,7 +36,7 @@ struct Rule {
   uint8_t order[kCodebookLength];
   uint8_t ranks[kBins];
 };
-static_assert(sizeof(Source) == 56 && sizeof(Rule) == 136, "as rust/core/src/cuda/quantize.rs has them");
+static_assert(sizeof(Source) == 56 && sizeof(Rule) == 140, "as rust/core/src/cuda/quantize.rs has them");
 
 // Where codes go. `status` holds the lowest index of a weight that is NaN or infinite, and the lowest index of a block
 // whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index.
@@ -155,14 +156,16 @@ __device__ __forceinline__ T word_at(const T (&table)[kBins], uint32_t offset) {
   return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(table) + offset);
 }
 
-// The code of |u| <= limit where no bin has more than one threshold to compare with.
-template <int kBits>
-__device__ __forceinline__ int quick_code(const Rule& rule, const Tables& tables, float u) {
+// The code of |u| <= limit where no bin has more than one threshold to compare with. kIsSorted: codes are ranks.
+template <int kBits, bool kIsSorted>
+__device__ __forceinline__ uint32_t quick_code(const Rule& rule, const Tables& tables, float u) {
   if constexpr (kBits == 8) {
     return __float2int_rn(u) & 255;
   } else {
     const uint32_t bin = bin_of(rule, u);
-    return word_at(tables.codes, bin) >> (u > word_at(tables.edges, bin) ? 4 : 0) & 15;
+    const bool is_above = u > word_at(tables.edges, bin);
+    if constexpr (kIsSorted) return word_at(tables.ranks, bin) + (is_above ? 1 : 0);
+    return word_at(tables.codes, bin) >> (is_above ? 4 : 0) & 15;
   }
 }
 
@@ -193,13 +196,29 @@ __device__ __noinline__ void codes_of_rare(const Rule& rule, const Tables& table
   for (int i = 0; i < kVector; ++i) codes[i] = code_of<kBits>(rule, tables, block, weights[i]);
 }
 
+template <int kBits, bool kIsSorted>
+__device__ __forceinline__ void quick_codes_of(const Rule& rule, const Tables& tables, const Block& block,
+                                               const float (&weights)[kVector], int (&codes)[kVector]) {
+  if (rule.has_shift) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      codes[i] = quick_code<kBits, kIsSorted>(rule, tables, block.normalized(weights[i]));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      codes[i] = quick_code<kBits, kIsSorted>(rule, tables, __fmul_rn(weights[i], block.inverse));
+    }
+  }
+}
+
 // The codes of a thread's weights of a block.
 template <int kBits>
 __device__ __forceinline__ void codes_of(const Rule& rule, const Tables& tables, const Block& block,
                                          const float (&weights)[kVector], int (&codes)[kVector]) {
   if (block.is_plain() && rule.steps <= 1) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) codes[i] = quick_code<kBits>(rule, tables, block.normalized(weights[i]));
+    if (rule.is_sorted) quick_codes_of<kBits, true>(rule, tables, block, weights, codes);
+    else quick_codes_of<kBits, false>(rule, tables, block, weights, codes);
     return;
   }
   // Copies, so that the originals need no address.
@@ -244,7 +263,7 @@ __device__ __forceinline__ void store_codes(const Target& out, int64_t index, co
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     const int bit = kBits == 8 ? 8 * (i % 4) : 8 * (i % 8 / 2) + (i % 2 == 0 ? 4 : 0);
-    words[i / kInWord] |= static_cast<uint32_t>(codes[i]) << bit;
+    words[i / kInWord] += static_cast<uint32_t>(codes[i]) * (1u << bit);
   }
   if constexpr (kBits == 8) {
     *reinterpret_cast<uint4*>(out.codes + index) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -269,10 +288,10 @@ __device__ __forceinline__ void encode(const Rule& rule, const Tables& tables, c
 
 // Tells of weights that are NaN or infinite, the first of which would have this index.
 __device__ __forceinline__ void report_nonfinite(const Target& out, int64_t index, const float (&weights)[kVector]) {
+  int first = kVector;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (!(fabsf(weights[i]) < INFINITY)) atomicMin(out.status, static_cast<unsigned long long>(index + i));
-  }
+  for (int i = kVector - 1; i >= 0; --i) first = fabsf(weights[i]) < INFINITY ? first : i;
+  if (first < kVector) atomicMin(out.status, static_cast<unsigned long long>(index + first));
 }
 
 // A thread's weights as they lie in memory.

@@ -57,6 +57,7 @@ struct Rule {
     limit: f32,
     bin_scale: f32,
     steps: i32,
+    is_sorted: i32,
     zero_code: i32,
     signed_absmax: i32,
     has_shift: i32,
@@ -82,7 +83,7 @@ struct Target {
     shift_dtype: i32,
 }
 
-const _: () = assert!(size_of::<KernelSource>() == 56 && size_of::<Rule>() == 136 && size_of::<Target>() == 80);
+const _: () = assert!(size_of::<KernelSource>() == 56 && size_of::<Rule>() == 140 && size_of::<Target>() == 80);
 
 // SAFETY: `repr(C)`, the fields of the C++ struct in their order.
 unsafe impl Argument for KernelSource {}
@@ -264,6 +265,7 @@ impl Rule {
             limit: codebook.map_or(f32::from(i8::MAX), Codebook::limit),
             bin_scale: 0.0,
             steps: 0,
+            is_sorted: 1,
             zero_code: 0,
             signed_absmax: spec.signed_absmax.into(),
             has_shift: spec.format.has_shift().into(),
@@ -272,6 +274,7 @@ impl Rule {
             ranks: [0; BINS],
         };
         if let Some(codebook) = codebook {
+            rule.is_sorted = codebook.is_sorted().into();
             rule.zero_code = codebook.encode(0.0).into();
             rule.thresholds[..codebook.thresholds().len()].copy_from_slice(codebook.thresholds());
             rule.order = *codebook.order();
