@@ -47,6 +47,7 @@ _PLAIN_TENSOR = _raw(
 _PLAIN_THREAD = _raw(_KEY.BackendSelect, _KEY.ADInplaceOrView)
 
 if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # from torch 2.10 on
+    _GUARDS = torch._C._dynamo.guards
     use_torch(
         torch.Tensor.__dlpack_c_exchange_api__,
         [Tensor, torch.nn.Parameter],
@@ -56,6 +57,7 @@ if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # from torch 2.10 on
         torch.is_grad_enabled,
         torch._C._is_any_autocast_enabled,
         torch.get_num_threads,
+        [getattr(_GUARDS, f"_empty_strided_{device}", None) for device in ("cpu", "cuda")],
     )
 
 

@@ -125,17 +125,16 @@ struct Decoder {
     if (kHasMap) wait_for_copies_but(operands.depth);
   }
 
-  // Two tables, of the first parts of values and, in the gaps, of the second ones.
+  // The table of parts, of values that are brought to where float16 is most exact.
   __device__ __forceinline__ void write_parts(float value) {
-    uint32_t largest = __float_as_uint(value) & 0x7fffffffu;
+    float largest = fabsf(value);
 #pragma unroll
     for (int step = kCodebookLength / 2; step > 0; step /= 2) {
-      largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, step));
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, step));
     }
-    const Magnitude magnitude(__uint_as_float(largest));
+    const Magnitude magnitude(largest);
     codebook_factor = magnitude.down;
-    write_pair_table<Number>(memory, part_of(value * magnitude.up, false), warp, warps, lane);
-    write_pair_table<Number>(memory + kGap, part_of(value * magnitude.up, true), warp, warps, lane);
+    write_parts_table(memory, value * magnitude.up, warp, warps, lane);
   }
 
   // What follows from a unit's activations.
@@ -248,16 +247,16 @@ struct Decoder {
                                                  float (&product)[kTokenTiles][4]) const {
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
+      uint32_t a[kParts][4];
+      codes.template fragment<Number, kParts>(a, memory, lane, group, i);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        uint32_t a[4];
-        codes.template fragment<Number>(a, memory + part * kGap, lane * 4, group, i);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const uint32_t b0 = unit.x.words[n][group][2 * i], b1 = unit.x.words[n][group][2 * i + 1];
           float (&p)[4] = product[n];
-          if (i == 0 && part == 0) multiply_tile<Number>(p, a, b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
-          else multiply_tile<Number>(p, a, b0, b1, p[0], p[1], p[2], p[3]);
+          if (i == 0 && part == 0) multiply_tile<Number>(p, a[part], b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
+          else multiply_tile<Number>(p, a[part], b0, b1, p[0], p[1], p[2], p[3]);
         }
       }
     }

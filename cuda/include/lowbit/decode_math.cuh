@@ -15,20 +15,14 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
   return *reinterpret_cast<const uint16_t*>(&rounded);
 }
 
-// `value` as the sum of two float16: the first, or the second.
-__device__ __forceinline__ float part_of(float value, bool is_second) {
-  const float first = to_float(from_float<float16>(value));
-  return is_second ? value - first : first;
-}
-
 __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
 // Writes the pair table of `codebook[code]`, `code` = lane % 16, with the even code of a byte in its high nibble.
-template <typename Number>
+template <typename T>
 __device__ __forceinline__ void write_pair_table(uint8_t* table, float value, int warp, int warps, int lane) {
-  const uint32_t bits = bits_of<Number>(value);
+  const uint32_t bits = bits_of<T>(value);
   constexpr int kLanesOfAnEntry = kGap / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
   for (int first = warp * kEntriesAtOnce; first < 256; first += warps * kEntriesAtOnce) {
     const int entry = first + lane / kLanesOfAnEntry;
@@ -39,10 +33,35 @@ __device__ __forceinline__ void write_pair_table(uint8_t* table, float value, in
   }
 }
 
-// The two weights of byte `i` of `codes`, from this lane's copy of the table.
-__device__ __forceinline__ uint32_t look_up_pair(const uint8_t* table, uint32_t lane_offset, uint32_t codes, int i) {
+// A pair of fp32 as the sum of two pairs of float16, lower halves first.
+struct Parts {
+  uint32_t first, second;
+
+  __device__ __forceinline__ Parts(float even, float odd) {
+    const __half2 rounded = __floats2half2_rn(even, odd);
+    const float2 widened = __half22float2(rounded);
+    const __half2 rest = __floats2half2_rn(even - widened.x, odd - widened.y);
+    first = *reinterpret_cast<const uint32_t*>(&rounded);
+    second = *reinterpret_cast<const uint32_t*>(&rest);
+  }
+};
+
+// As `write_pair_table`, with both parts of the pairs: a lane's copy has 8 bytes, and an entry no gap.
+__device__ __forceinline__ void write_parts_table(uint8_t* table, float value, int warp, int warps, int lane) {
+  constexpr int kLanesOfAnEntry = kTableStride / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
+  for (int first = warp * kEntriesAtOnce; first < 256; first += warps * kEntriesAtOnce) {
+    const int entry = first + lane / kLanesOfAnEntry;
+    const Parts pair(__shfl_sync(kWholeWarp, value, entry >> 4), __shfl_sync(kWholeWarp, value, entry & 15));
+    *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) =
+        make_uint4(pair.first, pair.second, pair.first, pair.second);
+  }
+}
+
+// The two weights of byte `i` of `codes`, from this lane's copy of the table: one word, or the two of their parts.
+template <typename Pair>
+__device__ __forceinline__ Pair look_up_pair(const uint8_t* table, uint32_t lane_offset, uint32_t codes, int i) {
   // Bytes of the offset, lowest first: the lane's, then the code byte; lane_offset has zeros above.
-  return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
+  return *reinterpret_cast<const Pair*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
 }
 
 // Bytes `2 half` and `2 half + 1` of `codes`, int8, as T. Exact: a number's lower 7 bits are set beside 128 (bf16) or
@@ -90,19 +109,28 @@ struct Codes {
     }
   }
 
-  // Operand A of product `i` of a group.
-  template <typename T>
-  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint8_t* table, uint32_t lane_offset, int group,
+  // Operand A of product `i` of a group, or the operands that are its two parts.
+  template <typename T, int kParts>
+  __device__ __forceinline__ void fragment(uint32_t (&a)[kParts][4], const uint8_t* table, int lane, int group,
                                            int i) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (Shape::kBits == 4) {
-        const uint32_t word = words[group][half][i / 2];
-        a[half] = look_up_pair(table, lane_offset, word, i % 2 * 2);
-        a[half + 2] = look_up_pair(table, lane_offset, word, i % 2 * 2 + 1);
+      if constexpr (Shape::kBits == 8) {
+        a[0][half] = convert_int8_pair<T>(words[group][half][i], 0);
+        a[0][half + 2] = convert_int8_pair<T>(words[group][half][i], 1);
       } else {
-        a[half] = convert_int8_pair<T>(words[group][half][i], 0);
-        a[half + 2] = convert_int8_pair<T>(words[group][half][i], 1);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t word = words[group][half][i / 2];
+          const int byte = i % 2 * 2 + j;
+          if constexpr (kParts == 2) {
+            const uint2 parts = look_up_pair<uint2>(table, lane * 8, word, byte);
+            a[0][half + 2 * j] = parts.x;
+            a[1][half + 2 * j] = parts.y;
+          } else {
+            a[0][half + 2 * j] = look_up_pair<uint32_t>(table, lane * 4, word, byte);
+          }
+        }
       }
     }
   }
@@ -180,27 +208,27 @@ struct Activations {
   // The part of float32 activations that column g has: the first in even columns, the second in odd ones.
   template <int kLoads>
   __device__ __forceinline__ void split(int tile, const uint4 (&loaded)[Shape::kGroups][kLoads], int lane) {
-    uint32_t largest = 0;
+    float largest = 0.0f;
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < 4 * kLoads; ++i) {
-        largest = max(largest, word_of(loaded[group][i / 4], i % 4) & 0x7fffffffu);
+        largest = fmaxf(largest, fabsf(__uint_as_float(word_of(loaded[group][i / 4], i % 4))));
       }
     }
     // The four lanes of a column have all of its activations in the unit.
-    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
-    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
-    const Magnitude magnitude(__uint_as_float(largest));
+    largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+    const Magnitude magnitude(largest);
     const bool is_second = lane >> 2 & 1;
 #pragma unroll
     for (int group = 0; group < Shape::kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const uint4& four = loaded[group][i / 2];
-        const float even = __uint_as_float(word_of(four, i % 2 * 2)) * magnitude.up;
-        const float odd = __uint_as_float(word_of(four, i % 2 * 2 + 1)) * magnitude.up;
-        words[tile][group][i] = bits_of<float16>(part_of(even, is_second)) | bits_of<float16>(part_of(odd, is_second)) << 16;
+        const Parts parts(__uint_as_float(word_of(four, i % 2 * 2)) * magnitude.up,
+                          __uint_as_float(word_of(four, i % 2 * 2 + 1)) * magnitude.up);
+        words[tile][group][i] = is_second ? parts.second : parts.first;
       }
     }
     // Column 2 t is in the four lanes from 8 t on.

@@ -18,8 +18,8 @@ constexpr int kUnitBytes = 128;
 constexpr int kTokenTile = 8;
 
 // The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank.
-// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums, or
-// what float32 activations need: the second parts of the pairs.
+// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
+// Beside float32 activations pairs have two parts, and there are no gaps.
 constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 constexpr int kGap = kTableStride / 2;
@@ -104,8 +104,8 @@ struct DecodeShape {
   static constexpr int kCodesBytes = kTileRows * kUnitBytes;
   static constexpr int kShiftOffset = kCodesBytes + kTileRows * kScaleBytes;
   static constexpr int kStageBytes = kShiftOffset + (kShift ? kTileRows * kScaleBytes : 0);
-  // Shared memory: the pair table with sums or the second parts of pairs in its gaps, the map of double-quantized scales,
-  // the stages of each warp, and what is left, for sums.
+  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, the stages of each warp, and
+  // what is left, for sums.
   static constexpr int kScaleMap = kBits == 4 ? kTableBytes : 0;
   static constexpr int kStages = kScaleMap + (kScales == Scales::kDouble ? kScaleMapBytes : 0);
 };

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lowbit_rs._backends import linear_call
 from lowbit_rs._ops import borrow, check_activation
@@ -157,7 +158,7 @@ class QuantLinear(PackedModule, nn.Linear):
         """``input @ W.T + bias`` for input [..., in_features]."""
         parameters = self._parameters
         bias, permutation = parameters["bias"], parameters["weight_permutation"]
-        if permutation is None and self.compute_dtype is None and not torch.compiler.is_compiling():
+        if permutation is None and self.compute_dtype is None and not is_compiling():
             result = self._call.run(self, parameters, input, self.activation)
             if result is not None:
                 return result

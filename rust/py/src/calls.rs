@@ -93,8 +93,7 @@ impl LinearCall {
         if place.is_cuda() && (operands.tokens > cuda::MAX_TOKENS || activation != "none") {
             return Ok(None);
         }
-        let out = x.call_method1(intern!(py, "new_empty"), (PyTuple::new(py, &shape)?,))?;
-        let Some(result) = exchange.read(&out, &mut shape) else { return Ok(None) };
+        let Some((out, result)) = torch.empty(x, place, &shape)? else { return Ok(None) };
         match &known.view {
             View::Cpu(view) => {
                 let threads = torch.threads(py)?;

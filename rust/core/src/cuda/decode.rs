@@ -78,6 +78,8 @@ const SUMS_IN_TABLE: usize = 32 << 10;
 const SCALE_MAP_BYTES: usize = 1 << 10;
 const TILE_ROWS: usize = 16;
 const LANES: usize = 32;
+/// From so many visits of a warp on, two of them under way at a time are faster than one (by 4 % at 28 of them).
+const LONG_VISITS: usize = 16;
 /// Columns of the tensor cores' second operand that a kernel has at most; a token has one, and two in float32.
 const MAX_COLUMNS: usize = 16;
 const OLDEST: u32 = 80;
@@ -100,8 +102,8 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Plan> {
     // Small GPUs have no room for the stages of all of them.
     let fits = |&warps: &usize| kernel.shared_bytes(problem, warps, 1, 1) <= capability.shared_bytes as usize;
     let warps = [16, 12, 8, 4].into_iter().filter(|&warps| warps <= most_warps).find(fits)?;
-    let depth = std::env::var("LOWBIT_DEPTH").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let tiles = problem.layout.rows.div_ceil(grid).div_ceil(TILE_ROWS);
+    let depth = kernel.depth(problem, warps, tiles, capability);
     let shared_bytes = kernel.shared_bytes(problem, warps, depth, tiles).min(capability.shared_bytes as usize);
     Some(Plan {
         image: "linear_decode",
@@ -162,6 +164,13 @@ impl Kernel {
     /// Units of columns that warps take.
     fn units(&self, problem: &Problem) -> usize {
         (problem.layout.cols * self.bits / 8).div_ceil(UNIT_BYTES)
+    }
+
+    /// Visits of a warp that are under way at a time: two where there are many, so that the second has time to pay.
+    fn depth(&self, problem: &Problem, warps: usize, tiles: usize, capability: Capability) -> usize {
+        let is_long = self.units(problem) * tiles >= LONG_VISITS * warps;
+        let fits = self.shared_bytes(problem, warps, 2, tiles) <= capability.shared_bytes as usize;
+        if is_long && fits { 2 } else { 1 }
     }
 
     fn share(&self, problem: &Problem, grid: usize, warps: usize, depth: usize, shared_bytes: usize) -> Share {
@@ -228,13 +237,13 @@ mod tests {
         let nf4 = problem(Format::Nf4, BlockSize::Elements(64), (8192, 28672), 1);
         let chosen = plan(&nf4, HOPPER).expect("a kernel");
         assert_eq!(chosen.entry, "linear_decode_bfloat16_int4_scale32_8");
-        // 64 KiB of table, 16 rings of 2304 bytes; the sums of 4 tiles lie in the table.
-        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 16 * 2304));
+        // 64 KiB of table, twice 16 stages of 2304 bytes; the sums of 4 tiles lie in the table.
+        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 2 * 16 * 2304));
         assert!(chosen.is_dependent);
         // 62 rows a block and 8 more; 112 units of 256 columns for 16 warps.
-        let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass, depth: _ } = chosen.share;
+        let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass, depth } = chosen.share;
         assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 7));
-        assert_eq!((rest_units, rest_parts, tiles_a_pass), (0, 1, 4));
+        assert_eq!((rest_units, rest_parts, tiles_a_pass, depth), (0, 1, 4, 2));
         let narrow = plan(&problem(Format::Nf4, BlockSize::Elements(64), (4096, 5120), 1), HOPPER).expect("a kernel");
         assert_eq!((narrow.share.full_rounds, narrow.share.rest_units, narrow.share.rest_parts), (1, 4, 4));
         let wide = plan(&Problem { count: 9, dtype: Dtype::Float16, ..nf4 }, HOPPER).expect("a kernel");
