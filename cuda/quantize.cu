@@ -158,7 +158,7 @@ __device__ void quantize_blocks(const Source& source, const Rule& rule, const Ta
     for (int64_t i = lane; i < block.length; i += kWarp) {
       const float w = block.read(i);
       range.add(w, true);
-      if (!(fabsf(w) < INFINITY)) atomicMin(out.status, static_cast<unsigned long long>(block.position(i)));
+      if (!(fabsf(w) < INFINITY)) report(out, 0, block.position(i));
     }
     range.join(kWarp, true);
     bool is_negative = false;

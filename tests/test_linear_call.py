@@ -48,7 +48,7 @@ def make(device: str, bias: bool = True, **options: Any) -> QuantLinear:
 
 def quick(layer: QuantLinear, x: Tensor) -> Tensor | None:
     """What the quick way says."""
-    return layer._call.run(layer, layer._parameters, x, layer.activation)
+    return layer._call.run(layer, vars(layer), x)
 
 
 def ordinary(layer: QuantLinear, x: Tensor) -> Tensor:

@@ -247,16 +247,16 @@ struct Decoder {
                                                  float (&product)[kTokenTiles][4]) const {
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
-      uint32_t a[kParts][4];
-      codes.template fragment<Number, kParts>(a, memory, lane, group, i);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
+        uint32_t a[4];
+        codes.template fragment<Number>(a, memory + part * kGap, lane * 4, group, i);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const uint32_t b0 = unit.x.words[n][group][2 * i], b1 = unit.x.words[n][group][2 * i + 1];
           float (&p)[4] = product[n];
-          if (i == 0 && part == 0) multiply_tile<Number>(p, a[part], b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
-          else multiply_tile<Number>(p, a[part], b0, b1, p[0], p[1], p[2], p[3]);
+          if (i == 0 && part == 0) multiply_tile<Number>(p, a, b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
+          else multiply_tile<Number>(p, a, b0, b1, p[0], p[1], p[2], p[3]);
         }
       }
     }

@@ -46,22 +46,22 @@ struct Parts {
   }
 };
 
-// As `write_pair_table`, with both parts of the pairs: a lane's copy has 8 bytes, and an entry no gap.
+// As `write_pair_table`, with the first parts of pairs in the entries and the second ones in the gaps behind them.
 __device__ __forceinline__ void write_parts_table(uint8_t* table, float value, int warp, int warps, int lane) {
-  constexpr int kLanesOfAnEntry = kTableStride / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
+  constexpr int kLanesOfAnEntry = kGap / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
   for (int first = warp * kEntriesAtOnce; first < 256; first += warps * kEntriesAtOnce) {
     const int entry = first + lane / kLanesOfAnEntry;
     const Parts pair(__shfl_sync(kWholeWarp, value, entry >> 4), __shfl_sync(kWholeWarp, value, entry & 15));
-    *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) =
-        make_uint4(pair.first, pair.second, pair.first, pair.second);
+    uint8_t* to = table + entry * kTableStride + lane % kLanesOfAnEntry * 16;
+    *reinterpret_cast<uint4*>(to) = make_uint4(pair.first, pair.first, pair.first, pair.first);
+    *reinterpret_cast<uint4*>(to + kGap) = make_uint4(pair.second, pair.second, pair.second, pair.second);
   }
 }
 
-// The two weights of byte `i` of `codes`, from this lane's copy of the table: one word, or the two of their parts.
-template <typename Pair>
-__device__ __forceinline__ Pair look_up_pair(const uint8_t* table, uint32_t lane_offset, uint32_t codes, int i) {
+// The two weights of byte `i` of `codes`, from this lane's copy of the table.
+__device__ __forceinline__ uint32_t look_up_pair(const uint8_t* table, uint32_t lane_offset, uint32_t codes, int i) {
   // Bytes of the offset, lowest first: the lane's, then the code byte; lane_offset has zeros above.
-  return *reinterpret_cast<const Pair*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
+  return *reinterpret_cast<const uint32_t*>(table + __byte_perm(codes, lane_offset, 0x7604 | i << 4));
 }
 
 // Bytes `2 half` and `2 half + 1` of `codes`, int8, as T. Exact: a number's lower 7 bits are set beside 128 (bf16) or
@@ -109,28 +109,19 @@ struct Codes {
     }
   }
 
-  // Operand A of product `i` of a group, or the operands that are its two parts.
-  template <typename T, int kParts>
-  __device__ __forceinline__ void fragment(uint32_t (&a)[kParts][4], const uint8_t* table, int lane, int group,
+  // Operand A of product `i` of a group.
+  template <typename T>
+  __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint8_t* table, uint32_t lane_offset, int group,
                                            int i) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (Shape::kBits == 8) {
-        a[0][half] = convert_int8_pair<T>(words[group][half][i], 0);
-        a[0][half + 2] = convert_int8_pair<T>(words[group][half][i], 1);
+      if constexpr (Shape::kBits == 4) {
+        const uint32_t word = words[group][half][i / 2];
+        a[half] = look_up_pair(table, lane_offset, word, i % 2 * 2);
+        a[half + 2] = look_up_pair(table, lane_offset, word, i % 2 * 2 + 1);
       } else {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint32_t word = words[group][half][i / 2];
-          const int byte = i % 2 * 2 + j;
-          if constexpr (kParts == 2) {
-            const uint2 parts = look_up_pair<uint2>(table, lane * 8, word, byte);
-            a[0][half + 2 * j] = parts.x;
-            a[1][half + 2 * j] = parts.y;
-          } else {
-            a[0][half + 2 * j] = look_up_pair<uint32_t>(table, lane * 4, word, byte);
-          }
-        }
+        a[half] = convert_int8_pair<T>(words[group][half][i], 0);
+        a[half + 2] = convert_int8_pair<T>(words[group][half][i], 1);
       }
     }
   }

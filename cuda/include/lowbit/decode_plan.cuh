@@ -18,8 +18,8 @@ constexpr int kUnitBytes = 128;
 constexpr int kTokenTile = 8;
 
 // The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank.
-// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
-// Beside float32 activations pairs have two parts, and there are no gaps.
+// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums,
+// or beside float32 activations the second parts of the pairs.
 constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 constexpr int kGap = kTableStride / 2;

@@ -39,7 +39,7 @@ struct Rule {
 static_assert(sizeof(Source) == 56 && sizeof(Rule) == 140, "as rust/core/src/cuda/quantize.rs has them");
 
 // Where codes go. `status` holds the lowest index of a weight that is NaN or infinite, and the lowest index of a block
-// whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index.
+// whose scale or shift its dtype cannot hold, counted in weights; both start beyond any index. Null where nobody asks.
 struct Target {
   uint8_t* codes;
   void* scales;
@@ -55,6 +55,11 @@ struct Target {
   Dtype shift_dtype;
 };
 static_assert(sizeof(Target) == 80, "as rust/core/src/cuda/quantize.rs has it");
+
+// Lowers a number of the status to `index`.
+__device__ __forceinline__ void report(const Target& out, int which, int64_t index) {
+  if (out.status != nullptr) atomicMin(out.status + which, static_cast<unsigned long long>(index));
+}
 
 struct Tables {
   float thresholds[kCodebookLength];
@@ -249,7 +254,7 @@ __device__ __forceinline__ Outcome finish_block(const Rule& rule, const Target& 
     const float stored = store(out.scales, out.scale_dtype, index, scale);
     if (rule.has_shift) store(out.shifts, out.shift_dtype, index, shift);
     if (is_finite && !(fabsf(stored) < INFINITY && fabsf(shift) < INFINITY)) {
-      atomicMin(out.status + 1, static_cast<unsigned long long>(first));
+      report(out, 1, first);
     }
   }
   return {block, !is_finite || block.extent == 0.0f};
@@ -291,7 +296,7 @@ __device__ __forceinline__ void report_nonfinite(const Target& out, int64_t inde
   int first = kVector;
 #pragma unroll
   for (int i = kVector - 1; i >= 0; --i) first = fabsf(weights[i]) < INFINITY ? first : i;
-  if (first < kVector) atomicMin(out.status, static_cast<unsigned long long>(index + first));
+  if (first < kVector) report(out, 0, index + first);
 }
 
 // A thread's weights as they lie in memory.

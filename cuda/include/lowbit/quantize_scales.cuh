@@ -5,13 +5,16 @@
 
 namespace lowbit {
 
-// Sum of `value` over the CTA, in an order that does not change; every thread gets it.
-__device__ __forceinline__ double sum_over_cta(double value, double (&scratch)[kThreads]) {
-  __syncthreads();
+// Sums of both numbers over the CTA, in an order that does not change, in thread 0.
+__device__ __forceinline__ double2 sum_over_cta(double2 value) {
+  __shared__ double2 scratch[kThreads];
   scratch[threadIdx.x] = value;
   __syncthreads();
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    if (threadIdx.x < half) {
+      scratch[threadIdx.x].x += scratch[threadIdx.x + half].x;
+      scratch[threadIdx.x].y += scratch[threadIdx.x + half].y;
+    }
     __syncthreads();
   }
   return scratch[0];
@@ -19,7 +22,6 @@ __device__ __forceinline__ double sum_over_cta(double value, double (&scratch)[k
 
 // Sums and counts of the finite scales that fall to each CTA, into sums[2 * blockIdx.x].
 __device__ void sum_scales(const float* scales, int64_t count, double* sums) {
-  __shared__ double scratch[kThreads];
   double sum = 0.0, finite = 0.0;
   constexpr int kUnroll = 8;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -34,16 +36,15 @@ __device__ void sum_scales(const float* scales, int64_t count, double* sums) {
       finite += is_finite ? 1.0 : 0.0;
     }
   }
-  sum = sum_over_cta(sum, scratch);
-  finite = sum_over_cta(finite, scratch);
+  const double2 total = sum_over_cta(make_double2(sum, finite));
   if (threadIdx.x == 0) {
-    sums[2 * blockIdx.x] = sum;
-    sums[2 * blockIdx.x + 1] = finite;
+    sums[2 * blockIdx.x] = total.x;
+    sums[2 * blockIdx.x + 1] = total.y;
   }
 }
 
-// The largest number that is nearer to value `code` of the dynamic map than to the next one, a tie going to the even one:
-// to tell codes apart, comparing in fp32 is as good as comparing in fp64.
+// The largest number that is nearer to value `code` of the dynamic map than to the next one, a tie going to the even
+// code: to tell codes apart, comparing in fp32 is as good as comparing in fp64.
 __device__ __forceinline__ float upper_end(int code) {
   const double middle = 0.5 * (static_cast<double>(lowbit_dynamic_map[code]) + lowbit_dynamic_map[code + 1]);
   const float end = __double2float_rd(middle);
@@ -71,9 +72,13 @@ __device__ void quantize_scales(const float* scales, int64_t count, const double
   const int thread = threadIdx.x, lane = thread % kWarp;
   ends[thread] = thread < kScalesPerScale2 - 1 ? upper_end(thread) : INFINITY;
   double sum = 0.0, finite = 0.0;
-  for (int i = lane; i < sum_count; i += kWarp) {
-    sum += sums[2 * i];
-    finite += sums[2 * i + 1];
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarp; ++i) {
+    // All loads at once; as many partial sums as one for each thread are the most there are.
+    const int at = i * kWarp + lane;
+    const bool is_there = at < sum_count;
+    sum += is_there ? sums[2 * at] : 0.0;
+    finite += is_there ? sums[2 * at + 1] : 0.0;
   }
   const float offset = static_cast<float>(sum_over_warp(sum) / fmax(sum_over_warp(finite), 1.0));
   if (blockIdx.x == 0 && thread == 0) *scale_offset = offset;

@@ -82,7 +82,7 @@ def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str
         table = buffer("codebook", codebook, torch.float32, codebook.device)
     tensors = list(parts.values())
     out = view(spec, source.shape, tensors)
-    status = torch.full((2,), -1, dtype=torch.int64, device=device)
+    status = torch.empty(2, dtype=torch.int64, device=device)
     scales = sums = None
     if spec.double_quant:
         blocks = parts["scale"].numel()

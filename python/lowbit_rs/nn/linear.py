@@ -156,12 +156,11 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
-        parameters = self._parameters
-        bias, permutation = parameters["bias"], parameters["weight_permutation"]
-        if permutation is None and self.compute_dtype is None and not is_compiling():
-            result = self._call.run(self, parameters, input, self.activation)
+        if not is_compiling():
+            result = self._call.run(self, self.__dict__, input)
             if result is not None:
                 return result
+        bias, permutation = self._parameters["bias"], self._parameters["weight_permutation"]
         how = self.compute_dtype, permutation, self.activation
         return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, *how)
 

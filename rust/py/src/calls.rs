@@ -63,17 +63,29 @@ impl LinearCall {
         (py.get_type::<Self>(), (keys, self.may_overlap)).into_pyobject(py)
     }
 
-    /// `x @ weight.T + parameters["bias"]`, or None. `owner._view()` makes a view where the last one does not fit.
+    /// `x @ weight.T + bias` for the QuantLinear whose `__dict__` is `state`, or None. `owner._view()` makes a view where the
+    /// last one does not fit.
     fn run<'py>(
         &self,
         owner: &Bound<'py, PyAny>,
-        parameters: &Bound<'py, PyDict>,
+        state: &Bound<'py, PyDict>,
         x: &Bound<'py, PyAny>,
-        activation: &str,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let py = x.py();
         let Some(torch) = Torch::get(py) else { return Ok(None) };
-        let bias = parameters.get_item(intern!(py, "bias"))?.filter(|bias| !bias.is_none());
+        let Some(parameters) = state.get_item(intern!(py, "_parameters"))? else { return Ok(None) };
+        let (parameters, Some(activation)) = (parameters.cast::<PyDict>()?, state.get_item(intern!(py, "activation"))?)
+        else {
+            return Ok(None);
+        };
+        let activation = activation.cast::<PyString>()?.to_str()?;
+        let is_there = |value: &Bound<'_, PyAny>| !value.is_none();
+        let is_converted = state.get_item(intern!(py, "compute_dtype"))?.is_some_and(|dtype| is_there(&dtype));
+        let is_permuted = parameters.get_item(intern!(py, "weight_permutation"))?.is_some_and(|order| is_there(&order));
+        if is_converted || is_permuted {
+            return Ok(None);
+        }
+        let bias = parameters.get_item(intern!(py, "bias"))?.filter(is_there);
         if !torch.is_plain_call(x, bias.as_ref())? {
             return Ok(None);
         }

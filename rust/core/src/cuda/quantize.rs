@@ -34,7 +34,7 @@ pub struct DeviceSource {
 /// Memory that packing needs meanwhile.
 #[derive(Debug, Clone, Copy)]
 pub struct Workspace {
-    /// Two int64 of -1. Where the work may fail, they tell where it did.
+    /// Two int64. Where the work may fail, they tell where it did.
     pub status: DeviceBuffer,
     /// With double quantization: a float32 for each block.
     pub scales: Option<DeviceBuffer>,
@@ -118,7 +118,14 @@ pub unsafe fn quantize(
     workspace.check(out)?;
     let codebook = out.table(custom)?;
     let rule = Rule::new(out, codebook.as_ref());
-    let target = Target::new(out, workspace);
+    let may_overflow = spec.format.has_shift() || (spec.scale_dtype != Dtype::Float32 && !spec.double_quant);
+    let may_fail = refuses_nonfinite || may_overflow;
+    if may_fail {
+        // SAFETY: the status was checked to have two int64.
+        unsafe { clear(queue, workspace.status)? };
+    }
+    let target =
+        Target { status: Pointer(if may_fail { workspace.status.address } else { 0 }), ..Target::new(out, workspace) };
     let plan = planned(queue, source, out, Operation::Quantize, layout.block_count())?;
     let from = KernelSource {
         base: Pointer(source.address),
@@ -132,8 +139,7 @@ pub unsafe fn quantize(
         // SAFETY: handed on to the caller.
         unsafe { quantize_scales(queue, source, out, scales, sums)? };
     }
-    let may_overflow = spec.format.has_shift() || (spec.scale_dtype != Dtype::Float32 && !spec.double_quant);
-    if refuses_nonfinite || may_overflow {
+    if may_fail {
         // SAFETY: handed on to the caller.
         unsafe { read_status(queue, source, out, refuses_nonfinite, workspace.status)? };
     }
@@ -229,6 +235,15 @@ unsafe fn element(queue: Queue, source: &DeviceSource, at: [usize; 3]) -> Result
     })
 }
 
+/// Fills a status with -1.
+unsafe fn clear(queue: Queue, status: DeviceBuffer) -> Result<()> {
+    let _entered = queue.device.enter()?;
+    let words = status.len * size_of::<i64>() / size_of::<u32>();
+    // SAFETY: as many words as the status has, on the caller's word.
+    let filled = unsafe { sys::cuMemsetD32Async(status.address, u32::MAX, words, queue.stream as sys::CUstream) };
+    check(filled, || format!("cuMemsetD32Async on {}", queue.device))
+}
+
 /// Copies device memory to the host, behind what is queued.
 unsafe fn read<T: Copy>(queue: Queue, address: u64, into: &mut [T]) -> Result<()> {
     let _entered = queue.device.enter()?;
@@ -322,7 +337,7 @@ impl Target {
             codes: weight.codes,
             scales: plain.map_or(weight.scales, |scales| Pointer(scales.address)),
             shifts: weight.shifts,
-            status: Pointer(workspace.status.address),
+            status: Pointer(0),
             block_size: layout.block_size as i64,
             blocks_per_row: layout.blocks_per_row() as i64,
             row_codes: row_codes(layout) as i64,
