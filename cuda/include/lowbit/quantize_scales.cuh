@@ -51,11 +51,14 @@ __device__ __forceinline__ float upper_end(int code) {
   return code % 2 == 1 && static_cast<double>(end) == middle ? nextafterf(end, -INFINITY) : end;
 }
 
+// Where the end of a code lies in a table: those that one step of a search reads, 2^n apart, are in different banks.
+__device__ __forceinline__ int place_of_end(int code) { return code + code / kWarp; }
+
 // The code of the dynamic map's value nearest to u. NaN takes the lowest.
-__device__ __forceinline__ int nearest(const float (&ends)[kScalesPerScale2], float u) {
+__device__ __forceinline__ int nearest(const float* ends, float u) {
   int code = 0;
 #pragma unroll
-  for (int step = 128; step > 0; step /= 2) code += u > ends[code + step - 1] ? step : 0;
+  for (int step = 128; step > 0; step /= 2) code += u > ends[place_of_end(code + step - 1)] ? step : 0;
   return code;
 }
 
@@ -68,9 +71,9 @@ __device__ __forceinline__ double sum_over_warp(double value) {
 __device__ void quantize_scales(const float* scales, int64_t count, const double* sums, int32_t sum_count,
                                 uint8_t* codes, float* scale_2, float* scale_offset) {
   constexpr int kEach = kScalesPerScale2 / kWarp;
-  __shared__ float ends[kScalesPerScale2];
+  __shared__ float ends[kScalesPerScale2 + kScalesPerScale2 / kWarp];
   const int thread = threadIdx.x, lane = thread % kWarp;
-  ends[thread] = thread < kScalesPerScale2 - 1 ? upper_end(thread) : INFINITY;
+  ends[place_of_end(thread)] = thread < kScalesPerScale2 - 1 ? upper_end(thread) : INFINITY;
   double sum = 0.0, finite = 0.0;
 #pragma unroll
   for (int i = 0; i < kThreads / kWarp; ++i) {

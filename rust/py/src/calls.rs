@@ -63,8 +63,8 @@ impl LinearCall {
         (py.get_type::<Self>(), (keys, self.may_overlap)).into_pyobject(py)
     }
 
-    /// `x @ weight.T + bias` for the QuantLinear whose `__dict__` is `state`, or None. `owner._view()` makes a view where the
-    /// last one does not fit.
+    /// `x @ weight.T + bias` for the `QuantLinear` whose `__dict__` is `state`, or None. `owner._view()` makes a view where
+    /// the last one does not fit.
     fn run<'py>(
         &self,
         owner: &Bound<'py, PyAny>,

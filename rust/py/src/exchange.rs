@@ -1,5 +1,5 @@
-//! torch's tensors, read without calling Python: through the table of C functions that DLPack 1.3 defines and torch has from
-//! 2.10 on, in `torch.Tensor.__dlpack_c_exchange_api__`.
+//! torch's tensors, read without calling Python: through the table of C functions that `DLPack` 1.3 defines and torch has
+//! from 2.10 on, in `torch.Tensor.__dlpack_c_exchange_api__`.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
@@ -38,7 +38,7 @@ struct DlTensor {
 
 const _: () = assert!(size_of::<ExchangeApi>() == 56 && size_of::<DlTensor>() == 48, "as dlpack.h has them");
 
-/// DLPack's kind of a device, and its number.
+/// `DLPack`'s kind of a device, and its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Place {
@@ -46,7 +46,7 @@ pub(crate) struct Place {
     pub(crate) index: i32,
 }
 
-/// DLPack's code of an element's type, and its bits.
+/// `DLPack`'s code of an element's type, and its bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Element {
     code: u8,

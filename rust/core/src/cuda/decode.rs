@@ -78,6 +78,8 @@ const SUMS_IN_TABLE: usize = 32 << 10;
 const SCALE_MAP_BYTES: usize = 1 << 10;
 const TILE_ROWS: usize = 16;
 const LANES: usize = 32;
+/// Up to so many visits of a warp, one token in float32 is faster on CUDA cores (by 10 % at 2 of them).
+const SHORT_VISITS: usize = 2;
 /// From so many visits of a warp on, two of them under way at a time are faster than one (by 4 % at 28 of them).
 const LONG_VISITS: usize = 16;
 /// Columns of the tensor cores' second operand that a kernel has at most; a token has one, and two in float32.
@@ -103,6 +105,10 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Plan> {
     let fits = |&warps: &usize| kernel.shared_bytes(problem, warps, 1, 1) <= capability.shared_bytes as usize;
     let warps = [16, 12, 8, 4].into_iter().filter(|&warps| warps <= most_warps).find(fits)?;
     let tiles = problem.layout.rows.div_ceil(grid).div_ceil(TILE_ROWS);
+    let is_short = kernel.units(problem) * tiles <= SHORT_VISITS * warps;
+    if is_short && problem.count == 1 && problem.dtype == Dtype::Float32 {
+        return None; // CUDA cores are done before the tables of these kernels are
+    }
     let depth = kernel.depth(problem, warps, tiles, capability);
     let shared_bytes = kernel.shared_bytes(problem, warps, depth, tiles).min(capability.shared_bytes as usize);
     Some(Plan {
@@ -255,6 +261,22 @@ mod tests {
         ] {
             assert_eq!(plan(&problem(format, block_size, (4096, 4096), 4), HOPPER).expect("a kernel").entry, entry);
         }
+    }
+
+    #[test]
+    fn float32_has_two_columns_a_token() {
+        let nf4 = problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), 1);
+        for (tokens, entry, sums) in [(1, "_4", 2), (4, "_4", 8), (5, "_8", 16), (8, "_8", 16)] {
+            let chosen = plan(&Problem { dtype: Dtype::Float32, count: tokens, ..nf4 }, HOPPER).expect("a kernel");
+            assert_eq!(chosen.entry, format!("linear_decode_float32_int4_scale32{entry}"));
+            // The table has no room for sums.
+            let warps = chosen.threads as usize / LANES;
+            let bytes = TABLE_BYTES + warps * 2304 + chosen.share.tiles_a_pass as usize * TILE_ROWS * 4 * warps * sums;
+            assert!(chosen.shared_bytes as usize >= bytes);
+        }
+        let short = problem(Format::Nf4, BlockSize::Elements(64), (4096, 4096), 1);
+        assert!(plan(&Problem { dtype: Dtype::Float32, ..short }, HOPPER).is_none());
+        assert!(plan(&Problem { dtype: Dtype::Float32, count: 2, ..short }, HOPPER).is_some());
     }
 
     #[test]
