@@ -1,16 +1,18 @@
-// y = x W^T + bias for up to 16 tokens on tensor cores, at the speed of memory: sm_80 and newer, fp16 and bf16
-// activations. Sums are fp32, in an order that depends on the shapes and the launch alone; one rounding at the end.
+// y = x W^T + bias for up to 16 tokens (8 in float32) on tensor cores, at the speed of memory: sm_80 and newer. Sums are fp32, in an order that depends on the shapes and the launch alone; one rounding at the end.
 // decode_plan.cuh says who does what, decode_feeder.cuh how weights arrive, decode_math.cuh how they meet the tokens.
 //
 // Launch of linear_decode_{float16,bfloat16}_{int4,int4_block32}[_shift]_{scale32,scale16,double}_{8,16} and of
-// linear_decode_{float16,bfloat16}_int8[_shift]_{scale32,scale16}_{8,16}; the last number is the most tokens:
+// linear_decode_{float16,bfloat16}_int8[_shift]_{scale32,scale16}_{8,16}, and of linear_decode_float32_{int4_{scale32,scale16,
+// double},int4_block32_scale32,int8_scale32}_{4,8}; the last number is the most tokens, which are columns of operand B,
+// two each in float32:
 //   grid     one CTA an SM, or fewer; at most one a row
-//   block    32 * warps threads: up to 512 for 8 tokens, up to 384 for 16, where 8 warps do better with few columns
+//   block    32 * warps threads: up to 512 for 8 columns, up to 384 for 16, where 8 warps do better with few in-features
 //   shared   dynamic, in bytes: tables + warps * stage + sums
-//            tables  65536 for 4-bit codes, with room for the first 32768 of sums; 0 for int8; 1024 more for double
+//            tables  65536 for 4-bit codes, with room for the first 32768 of sums but in float32; 0 for int8; 1024 more
+//                    for double
 //            stage   2048 + 64 * groups, with shifts 2048 + 128 * groups; groups = 8 for block32, else 4
 //            sums    64 * warps * columns for every tile of 16 rows of a CTA that has room at a time, one at least;
-//                    columns = tokens rounded up to 2, 4, 8 or 16
+//                    columns = those of the tokens, rounded up to 2, 4, 8 or 16
 //   plan     the int32 fields of DecodeOperands; a unit is 256 columns of 4-bit codes or 128 of int8, the last may be
 //            short
 //   memory   no workspace
@@ -45,15 +47,14 @@ __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOpera
 
 }  // namespace lowbit
 
-#define LOWBIT_DECODE(type, weight, Shape, scales, kScales, tokens, threads)                                      \
+#define LOWBIT_DECODE(type, T, weight, Shape, scales, kScales, tokens, tiles, threads)                            \
   extern "C" __global__ void __launch_bounds__(threads, 1) linear_decode_##type##_##weight##_##scales##_##tokens( \
       const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::DecodeOperands operands) {        \
-    lowbit::linear_decode<lowbit::type, lowbit::Shape<lowbit::Scales::kScales>, tokens / lowbit::kTokenTile>(     \
-        w, operands);                                                                                             \
+    lowbit::linear_decode<T, lowbit::Shape<lowbit::Scales::kScales>, tiles>(w, operands);                         \
   }
 #define LOWBIT_DECODE_TOKENS(type, weight, Shape, scales, kScales) \
-  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 8, 512)      \
-  LOWBIT_DECODE(type, weight, Shape, scales, kScales, 16, 384)
+  LOWBIT_DECODE(type, lowbit::type, weight, Shape, scales, kScales, 8, 1, 512) \
+  LOWBIT_DECODE(type, lowbit::type, weight, Shape, scales, kScales, 16, 2, 384)
 #define LOWBIT_DECODE_PLAIN(type, weight, Shape)          \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, scale32, k32) \
   LOWBIT_DECODE_TOKENS(type, weight, Shape, scale16, k16)
@@ -69,3 +70,12 @@ __device__ __forceinline__ void linear_decode(const Weight& w, const DecodeOpera
   LOWBIT_DECODE_PLAIN(type, int8_shift, Int8Shift)
 LOWBIT_DECODE_WEIGHTS(bfloat16)
 LOWBIT_DECODE_WEIGHTS(float16)
+
+#define LOWBIT_DECODE_FLOAT32(weight, Shape, scales, kScales)                  \
+  LOWBIT_DECODE(float32, float, weight, Shape, scales, kScales, 4, 1, 512)     \
+  LOWBIT_DECODE(float32, float, weight, Shape, scales, kScales, 8, 2, 384)
+LOWBIT_DECODE_FLOAT32(int4, Int4, scale32, k32)
+LOWBIT_DECODE_FLOAT32(int4, Int4, scale16, k16)
+LOWBIT_DECODE_FLOAT32(int4, Int4, double, kDouble)
+LOWBIT_DECODE_FLOAT32(int4_block32, Int4Block32, scale32, k32)
+LOWBIT_DECODE_FLOAT32(int8, Int8, scale32, k32)

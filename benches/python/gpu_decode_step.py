@@ -136,6 +136,7 @@ _SETTINGS: dict[str, Callable[[nn.Module], None]] = {
     "bitsandbytes nf4": bitsandbytes,
     "nf4": lowbit(),
     "nf4-dq": lowbit(double_quant=True),
+    "nf4-dq, embeddings": lowbit(double_quant=True, embeddings=True, skip=()),
 }
 
 

@@ -1,7 +1,9 @@
 """The Rust extension: private, called by the modules around it. Tensors are passed as addresses and lengths."""
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, final
+
+from torch import Tensor
 
 _Buffer: TypeAlias = tuple[int, int]
 """Address and number of elements."""
@@ -93,6 +95,18 @@ class WeightView:
     def cols(self) -> int: ...
 
 @final
+class LinearCall:
+    """The product of a layer whose tensors lie where they lay at the call before; None leaves it to the ordinary way.
+
+    ``owner._view()`` is asked for a view of the weight where the last one does not fit any more. Before ``use_torch``
+    was called, every call gives None.
+    """
+
+    def __new__(cls, keys: list[str], may_overlap: bool) -> LinearCall: ...
+    def __reduce__(self) -> tuple[type[LinearCall], tuple[list[str], bool]]: ...
+    def run(self, owner: Any, state: dict[str, Any], x: Tensor) -> Tensor | None: ...
+
+@final
 class CudaWeight:
     """Addresses of the tensors of a packed [rows, cols] weight on a CUDA device, which the caller keeps alive."""
 
@@ -170,6 +184,17 @@ def cuda_linear(
     out: _Floats,
     stream: int,
     may_overlap: bool,
+) -> None: ...
+def use_torch(
+    exchange: Any,
+    plain_types: list[type],
+    plain_keys: int,
+    included_keys: Callable[[], Any],
+    function_modes: Callable[[], int],
+    is_grad_enabled: Callable[[], bool],
+    is_autocast_enabled: Callable[[], bool],
+    num_threads: Callable[[], int],
+    allocators: list[Callable[..., Tensor] | None],
 ) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit_rs import _ops
 from lowbit_rs._backends import backend_of
+from lowbit_rs._native import use_torch
 from lowbit_rs.errors import invalid
 from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name, field_dtypes, make_spec, unpermuted
 
@@ -44,6 +45,20 @@ _PLAIN_TENSOR = _raw(
     _KEY.AutocastCUDA,
 )
 _PLAIN_THREAD = _raw(_KEY.BackendSelect, _KEY.ADInplaceOrView)
+
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):  # from torch 2.10 on
+    _GUARDS = torch._C._dynamo.guards
+    use_torch(
+        torch.Tensor.__dlpack_c_exchange_api__,
+        [Tensor, torch.nn.Parameter],
+        _PLAIN_THREAD,
+        torch._C._dispatch_tls_local_include_set,
+        torch._C._len_torch_function_stack,
+        torch.is_grad_enabled,
+        torch._C._is_any_autocast_enabled,
+        torch.get_num_threads,
+        [getattr(_GUARDS, f"_empty_strided_{device}", None) for device in ("cpu", "cuda")],
+    )
 
 
 def quantize(

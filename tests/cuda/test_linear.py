@@ -104,6 +104,32 @@ def test_eight_bits_with_a_shift(block_size: BlockSize, scale_dtype: torch.dtype
     for tokens in TOKENS:
         x = torch.randn(tokens, cols, device="cuda").to(dtype)
         assert_within(lowbit_rs.linear(x, on_gpu), x, on_gpu, None)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 100])
+def test_float32_of_every_size(tokens: int, exponent: int) -> None:
+    """Rows of very different sizes, with numbers of very different sizes in each of them.
+
+    On tensor cores a float32 is two float16, of the size of the largest number of its row and 256 columns: what is
+    smaller by more than 2^16 keeps fewer bits, and loses at most 2^-39 of that largest number.
+    """
+    packed = lowbit_rs.quantize(torch.randn(40, 512, device="cuda"))
+    sizes = torch.randint(-12, 13, (tokens, 512), device="cuda") + torch.arange(tokens, device="cuda")[:, None] - 4
+    x = torch.randn(tokens, 512, device="cuda") * torch.exp2(sizes + exponent)
+    y = lowbit_rs.linear(x, packed)
+    wanted, size = exact(x, packed.dequantize(torch.float32), None)
+    lost = x.double().abs().amax(1, keepdim=True) * packed.dequantize(torch.float32).double().abs().sum(1) * 2.0**-39
+    gamma = 520 * 2.0**-24 / (1 - 520 * 2.0**-24)
+    assert bool(((y.double() - wanted).abs() <= gamma * size + lost + 2.0**-126).all())
+
+
+def test_what_is_not_finite_shows() -> None:
+    packed = lowbit_rs.quantize(torch.randn(40, 512, device="cuda"))
+    for dtype, value in product((torch.float32, torch.bfloat16), (float("inf"), float("nan"))):
+        x = torch.randn(3, 512, device="cuda", dtype=dtype)
+        x[1, 300] = value
+        y = lowbit_rs.linear(x, packed)
+        assert not y[1].isfinite().any()
+        assert y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
@@ -149,8 +175,9 @@ def test_shapes_and_strides_of_x() -> None:
         x = torch.randn(tokens, 64, device="cuda")
         y = lowbit_rs.linear(x, packed)
         odd = torch.zeros(tokens * 64 + 1, device="cuda")[1:].view(tokens, 64).copy_(x)
-        for same in (torch.cat([x, x], 1)[:, :64], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2], odd):
+        for same in (torch.cat([x, x], 1)[:, :64], x.T.contiguous().T, x.repeat_interleave(2, 0)[::2]):
             assert torch.equal(lowbit_rs.linear(same, packed), y)
+        assert_within(lowbit_rs.linear(odd, packed), x, packed, None)  # by another kernel
         assert torch.equal(lowbit_rs.linear(x.view(1, tokens, 1, 64), packed), y.view(1, tokens, 1, 24))
     assert lowbit_rs.linear(torch.randn(64, device="cuda"), packed).shape == (24,)
 

@@ -20,7 +20,7 @@ from lowbit_rs._backends import cuda
 from test_golden import BLOCK_SIZES, CASES, DTYPES, GOLDEN, absmax, codes, digest, source
 
 #: Widths that vectors divide, that they do not, and that bytes do not; each with blocks that are cut short.
-SHAPES = [(24, 256), (40, 75), (33, 129), (3, 5, 72), (7, 4100), (1, 1), (300, 512)]
+SHAPES = [(24, 256), (40, 75), (33, 129), (3, 5, 72), (7, 4100), (1, 1), (300, 512), (5, 8192), (2, 3, 12304)]
 
 
 def both(tensor: Tensor, **options: Any) -> tuple[PackedWeight, PackedWeight]:
@@ -106,7 +106,7 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("shape", [(8, 128), (8, 75), (2, 4, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 128), (8, 75), (2, 4, 128), (5, 8192)], ids=str)
 def test_nonfinite_values(bad: float, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     """The first one is named; or its block becomes NaN, and no other."""
     tensor = torch.randn(*shape)

@@ -1,9 +1,9 @@
 // The way of codes, scales and shifts from global to shared memory: each warp has a stage of its own, and no other
 // waits for it.
 //
-// A stage is free again as soon as its codes are in registers, before the arithmetic on them begins. So one visit a
-// warp is under way at any time, which keeps the memory busy. Two or three wait longer in its queues, start the warps
-// less evenly, and who starts late ends late.
+// A stage is free again as soon as its codes are in registers, before the arithmetic on them begins. So as many visits a
+// warp as it has stages are under way at any time. The faster the memory, the more of them it takes to keep it busy; more
+// than that wait in its queues, start the warps less evenly, and who starts late ends late.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -91,7 +91,9 @@ struct Feeder {
   const RowShare& rows;
   const UnitShare& share;
   int tiles_a_pass;
-  uint32_t stage;
+  uint32_t stages;           // the first of the warp's stages
+  uint32_t end;              // and the bytes of all
+  uint32_t place = 0;        // of the oldest: it is read, and filled again, before the next one is
   int lane;
   // The next visit.
   int pass_begin = 0, pass_end, round = 0, tile, tile_end, rows_left;
@@ -101,13 +103,19 @@ struct Feeder {
   uint64_t scale_row;  // of a double-quantized weight: the number of the lane's row's first scale
 
   __device__ __forceinline__ Feeder(const Weight& w_, const RowShare& rows_, const UnitShare& share_, int tiles_a_pass_,
-                                    uint32_t stage_, int lane_)
-      : w(w_), rows(rows_), share(share_), tiles_a_pass(tiles_a_pass_), stage(stage_), lane(lane_) {
+                                    uint32_t stages_, int depth, int lane_)
+      : w(w_),
+        rows(rows_),
+        share(share_),
+        tiles_a_pass(tiles_a_pass_),
+        stages(stages_),
+        end(depth * Shape::kStageBytes),
+        lane(lane_) {
     pass_end = share.rounds > 0 ? min(tiles_a_pass, rows.tiles) : 0;
     if (pass_end > 0) enter_round();
   }
 
-  // Starts the copies of the next visit, if there is one.
+  // Starts the copies of the next visit, if there is one, to the oldest stage.
   __device__ __forceinline__ void refill() {
     if (pass_begin < pass_end) {
       copy_visit();
@@ -118,10 +126,13 @@ struct Feeder {
       }
     }
     commit_copies();
+    place += Shape::kStageBytes;
+    if (place == end) place = 0;
   }
 
  private:
   __device__ __forceinline__ void copy_visit() {
+    const uint32_t stage = stages + place;
     codes.copy(stage, rows_left);
     scales.copy(stage + Shape::kCodesBytes, rows_left, lane);
     if constexpr (Shape::kScales == Scales::kDouble) copy_scale_2(stage + Shape::kCodesBytes + kScale2Offset);

@@ -12,6 +12,11 @@ namespace lowbit {
 // One warp at work.
 template <typename T, typename Shape, int kTokenTiles>
 struct Decoder {
+  using Number = typename Operand<T>::Number;
+  // Whether activations, and the values of a codebook, are sums of two parts.
+  static constexpr bool kIsSplit = Operand<T>::kColumns == 2;
+  // Operands A of a product: int8 codes are float16 as they are.
+  static constexpr int kParts = kIsSplit && Shape::kBits == 4 ? 2 : 1;
   static constexpr int kQuads = Shape::kGroups / 4;
   static constexpr bool kHasMap = Shape::kScales == Scales::kDouble;
 
@@ -27,8 +32,9 @@ struct Decoder {
   int cols;
   RowShare rows;
   UnitShare share;
-  Sums<Shape> sums;
+  Sums<T, Shape> sums;
   float scale_offset = 0.0f;
+  float codebook_factor = 1.0f;  // of sums of products with a codebook's parts
 
   // A unit's part of a visit: activations, their sums, and how far below a word's start its numbers lie.
   struct Unit {
@@ -44,7 +50,7 @@ struct Decoder {
         cols(static_cast<int>(w_.cols)),
         rows(operands_),
         share(operands_, warp, warps),
-        sums(memory_, warps, operands_.tokens) {}
+        sums(memory_, warps, operands_.depth, operands_.tokens) {}
 
   __device__ __forceinline__ void run() {
     // The lines of the parameters, all asked for at once.
@@ -59,8 +65,8 @@ struct Decoder {
     if (has_unit && !operands.is_dependent) unit.x.load(operands, cols, share.unit(0), lane);
 
     const int tiles_a_pass = operands.tiles_a_pass;
-    Feeder<Shape> feeder(w, rows, share, tiles_a_pass, shared_address(stage()), lane);
-    feeder.refill();
+    Feeder<Shape> feeder(w, rows, share, tiles_a_pass, shared_address(stages()), operands.depth, lane);
+    for (int stage = 0; stage < operands.depth; ++stage) feeder.refill();
 
     if (operands.is_dependent) {
       wait_for_previous_kernel();
@@ -76,18 +82,20 @@ struct Decoder {
       }
       visit_tiles(unit, feeder, begin, end);
       __syncthreads();
-      sums.template write_results<T>(operands, w.rows, rows.first + begin * kTileRows,
-                                     min(rows.count - begin * kTileRows, (end - begin) * kTileRows));
+      sums.write_results(operands, w.rows, rows.first + begin * kTileRows,
+                         min(rows.count - begin * kTileRows, (end - begin) * kTileRows));
     }
   }
 
  private:
-  __device__ __forceinline__ uint8_t* stage() const { return memory + Shape::kStages + warp * Shape::kStageBytes; }
+  __device__ __forceinline__ uint8_t* stages() const {
+    return memory + Shape::kStages + warp * operands.depth * Shape::kStageBytes;
+  }
   __device__ __forceinline__ float* scale_map() const { return reinterpret_cast<float*>(memory + Shape::kScaleMap); }
 
-  // A warp's own copy of the codebook, in a gap of the pair table that sums take later.
+  // A warp's own copy of the codebook, where sums lie later.
   __device__ __forceinline__ float* codebook_copy() const {
-    return reinterpret_cast<float*>(memory + warp * kTableStride + kGap);
+    return reinterpret_cast<float*>(&sums.at(warp * static_cast<int>(kCodebookLength * sizeof(float))));
   }
 
   // Starts the copies of the codebook, for each warp, and of the map of scales, as one group.
@@ -102,12 +110,31 @@ struct Decoder {
     commit_copies();
   }
 
-  // The group of copies before the first visit's is what the pair table is made of, and the map of scales.
-  __device__ __forceinline__ void write_pairs() const {
-    if (w.codebook != nullptr) wait_for_copies<1>();
+  // The group of copies before the first visits' is what the pair table is made of, and the map of scales.
+  __device__ __forceinline__ void write_pairs() {
+    if (w.codebook != nullptr) wait_for_copies_but(operands.depth);
     __syncwarp();
-    if (Shape::kBits == 4) write_pair_table<T>(memory, codebook_copy()[lane % kCodebookLength], warp, warps, lane);
-    if (kHasMap) wait_for_copies<1>();
+    if (Shape::kBits == 4) {
+      const float value = codebook_copy()[lane % kCodebookLength];
+      if constexpr (kIsSplit) {
+        write_parts(value);
+      } else {
+        write_pair_table<T>(memory, value, warp, warps, lane);
+      }
+    }
+    if (kHasMap) wait_for_copies_but(operands.depth);
+  }
+
+  // The table of parts, of values that are brought to where float16 is most exact.
+  __device__ __forceinline__ void write_parts(float value) {
+    float largest = fabsf(value);
+#pragma unroll
+    for (int step = kCodebookLength / 2; step > 0; step /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, step));
+    }
+    const Magnitude magnitude(largest);
+    codebook_factor = magnitude.down;
+    write_parts_table(memory, value * magnitude.up, warp, warps, lane);
   }
 
   // What follows from a unit's activations.
@@ -135,26 +162,37 @@ struct Decoder {
       for (int tile = first_tile; tile < end_tile; ++tile, offset += warps * sums.bytes_of_warp()) {
         float d[kTokenTiles][4] = {};
         if (round > 0 || share.full_rounds == 0) sums.load(d, offset, lane);
-        visit(unit, feeder, d);
+        if constexpr (kIsSplit) {
+          float products[kTokenTiles][4] = {};
+          visit(unit, feeder, products);
+#pragma unroll
+          for (int n = 0; n < kTokenTiles; ++n) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) d[n][j] = fmaf(products[n][j] * codebook_factor, unit.x.factor(n), d[n][j]);
+          }
+        } else {
+          visit(unit, feeder, d);
+        }
         sums.store(d, offset, lane);
       }
     }
   }
 
   __device__ __forceinline__ void visit(const Unit& unit, Feeder<Shape>& feeder, float (&d)[kTokenTiles][4]) const {
-    wait_for_copies<0>();
+    wait_for_copies_but(operands.depth - 1);
     __syncwarp();
+    const uint8_t* stage = stages() + feeder.place;
     Codes<Shape> codes;
-    codes.read(stage(), g * kUnitBytes + place_in_row());
+    codes.read(stage, g * kUnitBytes + place_in_row());
     StoredScales<Shape::kScales> scales[kQuads][2];
     float shifts[kQuads][2];
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        scales[quad][half].read(stage() + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes, quad);
+        scales[quad][half].read(stage + Shape::kCodesBytes + (g + half * 8) * Shape::kScaleBytes, quad);
       }
-      if constexpr (Shape::kShift) read_shifts(shifts[quad], quad, unit);
+      if constexpr (Shape::kShift) read_shifts(shifts[quad], stage, quad, unit);
     }
     // All is in registers: the stage is free before the arithmetic begins.
     __syncwarp();
@@ -179,11 +217,11 @@ struct Decoder {
   }
 
   // Of rows g and g + 8, group t of the four.
-  __device__ __forceinline__ void read_shifts(float (&shift)[2], int quad, const Unit& unit) const {
+  __device__ __forceinline__ void read_shifts(float (&shift)[2], const uint8_t* stage, int quad, const Unit& unit) const {
     const int group = quad * 4 + t;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* row = stage() + Shape::kShiftOffset + (g + half * 8) * Shape::kScaleBytes;
+      const uint8_t* row = stage + Shape::kShiftOffset + (g + half * 8) * Shape::kScaleBytes;
       const int place = (group >> Feeder<Shape>::log_share(w)) * 2 + unit.shift_bits_below / 8;
       shift[half] = Shape::kScales != Scales::k16 && Feeder<Shape>::log_shift_bytes(w) == 2
                         ? reinterpret_cast<const float*>(row)[group]
@@ -209,14 +247,17 @@ struct Decoder {
                                                  float (&product)[kTokenTiles][4]) const {
 #pragma unroll
     for (int i = 0; i < Shape::kProducts; ++i) {
-      uint32_t a[4];
-      codes.template fragment<T>(a, memory, lane * 4, group, i);
 #pragma unroll
-      for (int n = 0; n < kTokenTiles; ++n) {
-        const uint32_t b0 = unit.x.words[n][group][2 * i], b1 = unit.x.words[n][group][2 * i + 1];
-        float (&p)[4] = product[n];
-        if (i == 0) multiply_tile<T>(p, a, b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
-        else multiply_tile<T>(p, a, b0, b1, p[0], p[1], p[2], p[3]);
+      for (int part = 0; part < kParts; ++part) {
+        uint32_t a[4];
+        codes.template fragment<Number>(a, memory + part * kGap, lane * 4, group, i);
+#pragma unroll
+        for (int n = 0; n < kTokenTiles; ++n) {
+          const uint32_t b0 = unit.x.words[n][group][2 * i], b1 = unit.x.words[n][group][2 * i + 1];
+          float (&p)[4] = product[n];
+          if (i == 0 && part == 0) multiply_tile<Number>(p, a, b0, b1, 0.0f, 0.0f, 0.0f, 0.0f);
+          else multiply_tile<Number>(p, a, b0, b1, p[0], p[1], p[2], p[3]);
+        }
       }
     }
   }

@@ -15,6 +15,10 @@ __device__ __forceinline__ uint32_t bits_of(float value) {
   return *reinterpret_cast<const uint16_t*>(&rounded);
 }
 
+__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
 // Writes the pair table of `codebook[code]`, `code` = lane % 16, with the even code of a byte in its high nibble.
 template <typename T>
 __device__ __forceinline__ void write_pair_table(uint8_t* table, float value, int warp, int warps, int lane) {
@@ -26,6 +30,31 @@ __device__ __forceinline__ void write_pair_table(uint8_t* table, float value, in
     const uint32_t pair = even | odd << 16;
     *reinterpret_cast<uint4*>(table + entry * kTableStride + lane % kLanesOfAnEntry * 16) =
         make_uint4(pair, pair, pair, pair);
+  }
+}
+
+// A pair of fp32 as the sum of two pairs of float16, lower halves first.
+struct Parts {
+  uint32_t first, second;
+
+  __device__ __forceinline__ Parts(float even, float odd) {
+    const __half2 rounded = __floats2half2_rn(even, odd);
+    const float2 widened = __half22float2(rounded);
+    const __half2 rest = __floats2half2_rn(even - widened.x, odd - widened.y);
+    first = *reinterpret_cast<const uint32_t*>(&rounded);
+    second = *reinterpret_cast<const uint32_t*>(&rest);
+  }
+};
+
+// As `write_pair_table`, with the first parts of pairs in the entries and the second ones in the gaps behind them.
+__device__ __forceinline__ void write_parts_table(uint8_t* table, float value, int warp, int warps, int lane) {
+  constexpr int kLanesOfAnEntry = kGap / 16, kEntriesAtOnce = kLanes / kLanesOfAnEntry;
+  for (int first = warp * kEntriesAtOnce; first < 256; first += warps * kEntriesAtOnce) {
+    const int entry = first + lane / kLanesOfAnEntry;
+    const Parts pair(__shfl_sync(kWholeWarp, value, entry >> 4), __shfl_sync(kWholeWarp, value, entry & 15));
+    uint8_t* to = table + entry * kTableStride + lane % kLanesOfAnEntry * 16;
+    *reinterpret_cast<uint4*>(to) = make_uint4(pair.first, pair.first, pair.first, pair.first);
+    *reinterpret_cast<uint4*>(to + kGap) = make_uint4(pair.second, pair.second, pair.second, pair.second);
   }
 }
 
@@ -98,11 +127,12 @@ struct Codes {
   }
 };
 
-// A lane's activations of a unit: of token g of each tile of tokens, those that match its codes.
-template <typename T, typename Shape, int kTokenTiles>
+// A lane's activations of a unit: of column g of each tile of columns, those that match its codes.
+template <typename T, typename Shape, int kTiles>
 struct Activations {
   static constexpr int kWords = Shape::kLaneCols / 2;
-  uint32_t words[kTokenTiles][Shape::kGroups][kWords];
+  static constexpr int kTokens = kTokenTile / Operand<T>::kColumns;  // of a tile
+  uint32_t words[kTiles][Shape::kGroups][kWords];
 
   // Columns of operand B that are no tokens repeat the last one: nobody reads what becomes of them. In-features past
   // the end become 0.
@@ -110,21 +140,10 @@ struct Activations {
     const int g = lane >> 2, t = lane & 3;
     const int col = unit * Shape::kUnit, groups = (cols - col) / Shape::kGroup;
 #pragma unroll
-    for (int tile = 0; tile < kTokenTiles; ++tile) {
-      const uint32_t token = min(tile * kTokenTile + g, operands.tokens - 1);
-      const T* from = static_cast<const T*>(operands.x) + static_cast<uint64_t>(token) * operands.x_stride +
-                      (col + t * Shape::kLaneCols);
-#pragma unroll
-      for (int group = 0; group < Shape::kGroups; ++group) {
-#pragma unroll
-        for (int i = 0; i < kWords; i += 4) {
-          const uint4 part = load_16_if(from + group * Shape::kGroup + i * 2, group < groups);
-          words[tile][group][i] = part.x;
-          words[tile][group][i + 1] = part.y;
-          words[tile][group][i + 2] = part.z;
-          words[tile][group][i + 3] = part.w;
-        }
-      }
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const uint32_t token = min(tile * kTokens + g / Operand<T>::kColumns, operands.tokens - 1);
+      load_tile(tile, static_cast<const T*>(operands.x) + static_cast<uint64_t>(token) * operands.x_stride +
+                          (col + t * Shape::kLaneCols), groups, lane);
     }
   }
 
@@ -132,7 +151,8 @@ struct Activations {
   // group i there; then they change places.
   __device__ __forceinline__ float group_sum(int tile, int quad, int lane) const {
     const int g = lane >> 2, t = lane & 3;
-    const uint32_t one = bits_of<T>(1.0f), ones = one | one << 16;
+    using Number = typename Operand<T>::Number;
+    const uint32_t one = bits_of<Number>(1.0f), ones = one | one << 16;
     float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -141,12 +161,69 @@ struct Activations {
 #pragma unroll
       for (int j = 0; j < Shape::kProducts; ++j) {
         const uint32_t (&x)[kWords] = words[tile][4 * quad + i];
-        multiply_tile<T>(d, a, x[2 * j], x[2 * j + 1], d[0], d[1], d[2], d[3]);
+        multiply_tile<Number>(d, a, x[2 * j], x[2 * j + 1], d[0], d[1], d[2], d[3]);
       }
     }
     const int holder = t * 4 + g / 2;
     const float even = __shfl_sync(kWholeWarp, d[0], holder), odd = __shfl_sync(kWholeWarp, d[1], holder);
     return g % 2 == 0 ? even : odd;
+  }
+
+  // What products of the lane's columns 2 t and 2 t + 1 of a tile, which are one token's, have to be multiplied by.
+  __device__ __forceinline__ float factor(int tile) const { return factors[tile]; }
+
+ private:
+  float factors[kTiles];  // of float32
+
+  __device__ __forceinline__ void load_tile(int tile, const T* from, int groups, int lane) {
+    constexpr int kLoads = kWords / 4 * Operand<T>::kColumns, kInLoad = 16 / sizeof(T);
+    uint4 loaded[Shape::kGroups][kLoads];
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        loaded[group][i] = load_16_if(from + group * Shape::kGroup + i * kInLoad, group < groups);
+      }
+    }
+    if constexpr (Operand<T>::kColumns == 2) {
+      split(tile, loaded, lane);
+    } else {
+#pragma unroll
+      for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[tile][group][i] = word_of(loaded[group][i / 4], i % 4);
+      }
+    }
+  }
+
+  // The part of float32 activations that column g has: the first in even columns, the second in odd ones.
+  template <int kLoads>
+  __device__ __forceinline__ void split(int tile, const uint4 (&loaded)[Shape::kGroups][kLoads], int lane) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4 * kLoads; ++i) {
+        largest = fmaxf(largest, fabsf(__uint_as_float(word_of(loaded[group][i / 4], i % 4))));
+      }
+    }
+    // The four lanes of a column have all of its activations in the unit.
+    largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, 2));
+    const Magnitude magnitude(largest);
+    const bool is_second = lane >> 2 & 1;
+#pragma unroll
+    for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint4& four = loaded[group][i / 2];
+        const Parts parts(__uint_as_float(word_of(four, i % 2 * 2)) * magnitude.up,
+                          __uint_as_float(word_of(four, i % 2 * 2 + 1)) * magnitude.up);
+        words[tile][group][i] = is_second ? parts.second : parts.first;
+      }
+    }
+    // Column 2 t is in the four lanes from 8 t on.
+    factors[tile] = __shfl_sync(kWholeWarp, magnitude.down, (lane & 3) * 8);
   }
 };
 

@@ -18,13 +18,42 @@ constexpr int kUnitBytes = 128;
 constexpr int kTokenTile = 8;
 
 // The pair table of 4-bit codes: 256 entries, one for each byte, 32 copies of each, so that a lane reads its own bank.
-// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums.
+// Entries are 256 bytes apart, which makes an address of a byte without arithmetic; the gaps between them hold sums,
+// or beside float32 activations the second parts of the pairs.
 constexpr int kTableStride = 256;
 constexpr int kTableBytes = 256 * kTableStride;
 constexpr int kGap = kTableStride / 2;
 constexpr int kGapBytes = 256 * kGap;
 // The values of the 256 codes of a double-quantized scale.
 constexpr int kScaleMapBytes = 256 * 4;
+
+// How activations of T meet the tensor cores. 16-bit floats are an operand as they are. A float32 is the sum of two
+// float16, after a power of two has brought the largest of its row and unit under the end of their range: 22 bits, of what
+// is not far below the largest one. Each of the two has a column of its own. The values of a codebook are two float16 as
+// well, and all four products are taken.
+template <typename T>
+struct Operand {
+  using Number = T;
+  static constexpr int kColumns = 1;  // of a token
+};
+template <>
+struct Operand<float> {
+  using Number = float16;
+  static constexpr int kColumns = 2;
+};
+
+// Powers of two that bring numbers up to `largest` to about 2^15, and back.
+struct Magnitude {
+  float up, down;
+
+  __device__ __forceinline__ explicit Magnitude(float largest) {
+    // In the exponents of fp32. The smallest numbers are left below, so that `down` is no subnormal number.
+    const uint32_t exponent = __float_as_uint(largest) >> 23 & 255;
+    const uint32_t raised = min(127u + 14u + 127u - exponent, 253u);
+    up = __uint_as_float(raised << 23);
+    down = __uint_as_float((254u - raised) << 23);
+  }
+};
 
 // One call, mirrored by the host, which also makes the divisions: they would keep every warp busy before its first
 // load.
@@ -41,9 +70,10 @@ struct DecodeOperands {
   int32_t rest_units;    // units % warps
   int32_t rest_parts;    // warps / rest_units, 1 where there is no rest
   int32_t tiles_a_pass;  // tiles of a CTA whose sums share the memory at a time
+  int32_t depth;         // stages of a warp: 1 to 3
   int32_t is_dependent;  // launched as a dependent kernel: it may start before the previous one has written x
 };
-static_assert(sizeof(DecodeOperands) == 64, "as the host lays it out");
+static_assert(sizeof(DecodeOperands) == 72, "as the host lays it out");
 
 // Where in a row's scales the entry of scale_2 lies that they share: behind at most 8 codes.
 constexpr int kScale2Offset = 12;
@@ -74,11 +104,10 @@ struct DecodeShape {
   static constexpr int kCodesBytes = kTileRows * kUnitBytes;
   static constexpr int kShiftOffset = kCodesBytes + kTileRows * kScaleBytes;
   static constexpr int kStageBytes = kShiftOffset + (kShift ? kTileRows * kScaleBytes : 0);
-  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, a stage for each warp, and
+  // Shared memory: the pair table with sums in its gaps, the map of double-quantized scales, the stages of each warp, and
   // what is left, for sums.
   static constexpr int kScaleMap = kBits == 4 ? kTableBytes : 0;
   static constexpr int kStages = kScaleMap + (kScales == Scales::kDouble ? kScaleMapBytes : 0);
-  static constexpr int kSumsInGaps = kBits == 4 ? kGapBytes : 0;
 };
 
 // The rows of a CTA.

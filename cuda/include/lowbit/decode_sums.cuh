@@ -5,22 +5,25 @@
 
 namespace lowbit {
 
-// Where the sums of a CTA lie: [tile of the pass][warp][row of the tile][column], 2^log_columns tokens as columns.
-template <typename Shape>
+// Where the sums of a CTA lie: [tile of the pass][warp][row of the tile][column], 2^log_columns columns: those of the
+// tokens.
+template <typename T, typename Shape>
 struct Sums {
+  static constexpr int kColumns = Operand<T>::kColumns;
+  static constexpr int kSumsInGaps = Shape::kBits == 4 && kColumns == 1 ? kGapBytes : 0;
   uint8_t* memory;
   int warps;
   int log_columns;
   uint32_t spare;
 
-  __device__ __forceinline__ Sums(uint8_t* memory_, int warps_, int tokens)
+  __device__ __forceinline__ Sums(uint8_t* memory_, int warps_, int depth, int tokens)
       : memory(memory_),
         warps(warps_),
-        log_columns(tokens > 8   ? 4
-                    : tokens > 4 ? 3
-                    : tokens > 2 ? 2
-                                 : 1),
-        spare(Shape::kStages + warps_ * Shape::kStageBytes) {}
+        log_columns(tokens * kColumns > 8   ? 4
+                    : tokens * kColumns > 4 ? 3
+                    : tokens * kColumns > 2 ? 2
+                                            : 1),
+        spare(Shape::kStages + warps_ * depth * Shape::kStageBytes) {}
 
   __device__ __forceinline__ uint32_t bytes_of_warp() const { return kTileRows * 4 << log_columns; }
 
@@ -28,7 +31,7 @@ struct Sums {
   __device__ __forceinline__ float2& at(uint32_t offset) const {
     const uint32_t in_gap = kGap + offset + (offset & ~(kGap - 1u));
     const uint32_t place =
-        Shape::kSumsInGaps > 0 && offset < Shape::kSumsInGaps ? in_gap : spare + offset - Shape::kSumsInGaps;
+        kSumsInGaps > 0 && offset < kSumsInGaps ? in_gap : spare + offset - kSumsInGaps;
     return *reinterpret_cast<float2*>(memory + place);
   }
 
@@ -64,26 +67,29 @@ struct Sums {
   }
 
   // Adds up the warps' sums, in their order, and writes `rows` rows of the results.
-  template <typename T>
   __device__ __forceinline__ void write_results(const DecodeOperands& operands, int64_t out_features, int first_row,
                                                 int rows) const {
     const int log_pairs = log_columns - 1;
     for (int pair = threadIdx.x; pair < rows << log_pairs; pair += blockDim.x) {
-      const int row = pair >> log_pairs, token = (pair & ((1 << log_pairs) - 1)) * 2;
+      const int row = pair >> log_pairs, column = (pair & ((1 << log_pairs) - 1)) * 2, token = column / kColumns;
       float bias = 0.0f;
       if (operands.bias != nullptr) bias = lowbit::load(operands.bias, operands.bias_dtype, first_row + row);
-      const float2 sum = sum_of_warps(row, token);
+      const float2 sum = sum_of_warps(row, column);
       T* out = static_cast<T*>(operands.out) + token * out_features + first_row + row;
-      if (token < operands.tokens) out[0] = from_float<T>(sum.x + bias);
-      if (token + 1 < operands.tokens) out[out_features] = from_float<T>(sum.y + bias);
+      if constexpr (kColumns == 2) {
+        if (token < operands.tokens) out[0] = from_float<T>(sum.x + sum.y + bias);
+      } else {
+        if (token < operands.tokens) out[0] = from_float<T>(sum.x + bias);
+        if (token + 1 < operands.tokens) out[out_features] = from_float<T>(sum.y + bias);
+      }
     }
   }
 
  private:
-  // Of `token` and the next one.
-  __device__ __forceinline__ float2 sum_of_warps(int row, int token) const {
+  // Of `column` and the next one.
+  __device__ __forceinline__ float2 sum_of_warps(int row, int column) const {
     float2 sum = make_float2(0.0f, 0.0f);
-    uint32_t offset = row / kTileRows * warps * bytes_of_warp() + ((row % kTileRows << log_columns) + token) * 4;
+    uint32_t offset = row / kTileRows * warps * bytes_of_warp() + ((row % kTileRows << log_columns) + column) * 4;
 #pragma unroll 4
     for (int warp = 0; warp < warps; ++warp, offset += bytes_of_warp()) {
       const float2 of_warp = at(offset);

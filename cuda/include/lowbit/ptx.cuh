@@ -31,6 +31,14 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// As above, for 0 to 3 groups.
+__device__ __forceinline__ void wait_for_copies_but(int pending) {
+  if (pending == 0) wait_for_copies<0>();
+  else if (pending == 1) wait_for_copies<1>();
+  else if (pending == 2) wait_for_copies<2>();
+  else wait_for_copies<3>();
+}
+
 // Lets the next kernel of the stream start, if it was launched as a dependent one. It sees nothing of this one's
 // results before its own `wait_for_previous_kernel`.
 __device__ __forceinline__ void allow_next_kernel() {

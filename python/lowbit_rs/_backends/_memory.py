@@ -48,6 +48,8 @@ def buffer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) 
     if address % dtype.itemsize:
         # As torch.frombuffer makes them of a file's bytes at any offset.
         raise invalid(name, f"{dtype} at the odd address {address:#x}", "elements aligned to their size; clone it")
+    if not address and tensor.numel():
+        raise invalid(name, "a tensor whose memory was freed", f"{tensor.numel()} elements")
     return address, tensor.numel()
 
 

@@ -29,7 +29,7 @@ _PART_STEP = 256
 
 #: Whether a product may begin to read its weight while the kernel in front of it still runs (programmatic dependent
 #: launch, compute capability 9.0 and newer). That is right as long as no kernel writes a weight just before its use.
-_MAY_OVERLAP = os.environ.get("LOWBIT_DEPENDENT_LAUNCH") == "1"
+MAY_OVERLAP = os.environ.get("LOWBIT_DEPENDENT_LAUNCH") == "1"
 
 #: Scales that are summed by one block, and most blocks that do so: as in rust/core/src/cuda/plan.rs.
 _SUM_THREADS = 256
@@ -82,7 +82,7 @@ def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str
         table = buffer("codebook", codebook, torch.float32, codebook.device)
     tensors = list(parts.values())
     out = view(spec, source.shape, tensors)
-    status = torch.full((2,), -1, dtype=torch.int64, device=device)
+    status = torch.empty(2, dtype=torch.int64, device=device)
     scales = sums = None
     if spec.double_quant:
         blocks = parts["scale"].numel()
@@ -143,7 +143,7 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
         addend = floats(bias)
     values = floats(x)
     result = (out.data_ptr(), tokens * weight.rows, values[2])
-    _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), _MAY_OVERLAP)
+    _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), MAY_OVERLAP)
     return out
 
 

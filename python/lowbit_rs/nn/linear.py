@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from lowbit_rs._ops import check_activation
+from lowbit_rs._backends import linear_call
+from lowbit_rs._ops import borrow, check_activation
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
@@ -78,6 +80,7 @@ class QuantLinear(PackedModule, nn.Linear):
         self.compute_dtype = compute_dtype
         self.activation = activation
         self._hold(packed)
+        self._call = linear_call(self._operand_keys)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @classmethod
@@ -153,9 +156,17 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
+        if not is_compiling():
+            result = self._call.run(self, self.__dict__, input)
+            if result is not None:
+                return result
         bias, permutation = self._parameters["bias"], self._parameters["weight_permutation"]
         how = self.compute_dtype, permutation, self.activation
         return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, *how)
+
+    def _view(self) -> Any:
+        """A view of the weight, as the backend of its device makes it."""
+        return borrow(self._tensors(), self._shape, self._scheme)[1]
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""

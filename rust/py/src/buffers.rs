@@ -9,12 +9,13 @@ pub(crate) type Buffer = (usize, usize);
 /// Address, number of elements and dtype's name.
 pub(crate) type FloatBuffer = (usize, usize, String);
 
-/// Refuses an address that no element of `T` can have; torch's tensors over foreign memory may start at one.
+/// Refuses an address that no element of `T` can have: torch's tensors over foreign memory may start at one, and those
+/// whose storage was freed are at 0.
 fn check_alignment<T>(address: usize) -> Result<()> {
-    if address.is_multiple_of(align_of::<T>()) {
+    if address != 0 && address.is_multiple_of(align_of::<T>()) {
         return Ok(());
     }
-    let expected = format!("a multiple of {} bytes", align_of::<T>());
+    let expected = format!("a multiple of {} bytes, not 0", align_of::<T>());
     Err(Error::invalid("buffer", format!("the address {address:#x}"), expected))
 }
 

@@ -82,7 +82,15 @@ impl CudaWeight {
 }
 
 impl CudaWeight {
-    fn queue(&self, stream: usize) -> Result<Queue> {
+    pub(crate) fn weight(&self) -> &DeviceWeight {
+        &self.weight
+    }
+
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.weight.layout().rows, self.weight.layout().cols)
+    }
+
+    pub(crate) fn queue(&self, stream: usize) -> Result<Queue> {
         Ok(Queue { device: Device::get(self.device)?, stream, may_overlap: false })
     }
 }

@@ -5,11 +5,14 @@
 use pyo3::prelude::*;
 
 mod buffers;
+mod calls;
 mod codebooks;
 mod cuda;
 mod errors;
+mod exchange;
 mod operations;
 mod spec;
+mod torch;
 mod weight;
 
 /// The extension module.
@@ -21,6 +24,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PySpec>()?;
     module.add_class::<spec::PyLayout>()?;
     module.add_class::<weight::WeightView>()?;
+    module.add_class::<calls::LinearCall>()?;
+    module.add_function(wrap_pyfunction!(torch::use_torch, module)?)?;
     operations::register(module)?;
     cuda::register(module)
 }

@@ -59,6 +59,10 @@ impl WeightView {
 }
 
 impl WeightView {
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
     /// Second-level scales and offset, both or neither.
     fn double_quant(&self) -> Result<Option<(Buffer, Buffer)>> {
         match (self.scale_2, self.scale_offset) {

@@ -18,12 +18,27 @@ struct Kernel {
     group: usize,
     has_shift: bool,
     scales: Scales,
-    /// Entries for float16 and bfloat16, for up to 8 and up to 16 tokens.
+    /// Entries for float16 and bfloat16, for up to 8 and up to 16 columns.
     entries: [[&'static str; 2]; 2],
+    /// For float32, where there are any.
+    entries_of_float32: Option<[&'static str; 2]>,
 }
 
 macro_rules! kernel {
     ($bits:literal, $group:literal, $has_shift:literal, $scales:ident, $kind:literal) => {
+        kernel!($bits, $group, $has_shift, $scales, $kind, None)
+    };
+    ($bits:literal, $group:literal, $has_shift:literal, $scales:ident, $kind:literal, float32) => {
+        kernel!(
+            $bits,
+            $group,
+            $has_shift,
+            $scales,
+            $kind,
+            Some([concat!("linear_decode_float32_", $kind, "_4"), concat!("linear_decode_float32_", $kind, "_8"),])
+        )
+    };
+    ($bits:literal, $group:literal, $has_shift:literal, $scales:ident, $kind:literal, $of_float32:expr) => {
         Kernel {
             bits: $bits,
             group: $group,
@@ -33,25 +48,26 @@ macro_rules! kernel {
                 [concat!("linear_decode_float16_", $kind, "_8"), concat!("linear_decode_bfloat16_", $kind, "_8")],
                 [concat!("linear_decode_float16_", $kind, "_16"), concat!("linear_decode_bfloat16_", $kind, "_16")],
             ],
+            entries_of_float32: $of_float32,
         }
     };
 }
 
 /// The first line that takes a weight serves it: those with the larger group come first.
 const KERNELS: &[Kernel] = &[
-    kernel!(4, 64, false, Scale32, "int4_scale32"),
-    kernel!(4, 64, false, Scale16, "int4_scale16"),
-    kernel!(4, 64, false, Double, "int4_double"),
+    kernel!(4, 64, false, Scale32, "int4_scale32", float32),
+    kernel!(4, 64, false, Scale16, "int4_scale16", float32),
+    kernel!(4, 64, false, Double, "int4_double", float32),
     kernel!(4, 64, true, Scale32, "int4_shift_scale32"),
     kernel!(4, 64, true, Scale16, "int4_shift_scale16"),
     kernel!(4, 64, true, Double, "int4_shift_double"),
-    kernel!(4, 32, false, Scale32, "int4_block32_scale32"),
+    kernel!(4, 32, false, Scale32, "int4_block32_scale32", float32),
     kernel!(4, 32, false, Scale16, "int4_block32_scale16"),
     kernel!(4, 32, false, Double, "int4_block32_double"),
     kernel!(4, 32, true, Scale32, "int4_block32_shift_scale32"),
     kernel!(4, 32, true, Scale16, "int4_block32_shift_scale16"),
     kernel!(4, 32, true, Double, "int4_block32_shift_double"),
-    kernel!(8, 32, false, Scale32, "int8_scale32"),
+    kernel!(8, 32, false, Scale32, "int8_scale32", float32),
     kernel!(8, 32, false, Scale16, "int8_scale16"),
     kernel!(8, 32, true, Scale32, "int8_shift_scale32"),
     kernel!(8, 32, true, Scale16, "int8_shift_scale16"),
@@ -64,43 +80,53 @@ const SUMS_IN_TABLE: usize = 32 << 10;
 const SCALE_MAP_BYTES: usize = 1 << 10;
 const TILE_ROWS: usize = 16;
 const LANES: usize = 32;
-const MAX_TOKENS: usize = 16;
+/// Up to so many visits of a warp, one token in float32 is faster on CUDA cores (by 10 % at 2 of them).
+const SHORT_VISITS: usize = 2;
+/// From so many visits of a warp on, two of them under way at a time are faster than one (by 4 % at 28 of them).
+const LONG_VISITS: usize = 16;
+/// Columns of the tensor cores' second operand that a kernel has at most; a token has one, and two in float32.
+const MAX_COLUMNS: usize = 16;
 const OLDEST: u32 = 80;
 
 /// The kernel that reads the weight at the speed of memory, where there is one for it.
 pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Plan> {
-    let is_decode = problem.operation == Operation::Linear && (1..=MAX_TOKENS).contains(&problem.count);
+    let is_decode = problem.operation == Operation::Linear && (1..=MAX_COLUMNS).contains(&columns(problem));
     if !is_decode || !problem.is_vectorized || capability.compute < OLDEST {
         return None;
     }
-    let of_dtype = match problem.dtype {
-        Dtype::Float32 => return None,
-        Dtype::Float16 => 0,
-        Dtype::Bfloat16 => 1,
-    };
     let kernel = KERNELS.iter().find(|kernel| kernel.takes(problem))?;
-    let is_wide = problem.count > MAX_TOKENS / 2;
+    let is_wide = columns(problem) > MAX_COLUMNS / 2;
     let grid = problem.layout.rows.min(capability.multiprocessors as usize);
-    // The sums of more tokens leave registers for fewer warps: 12 where the units of columns come out evenly enough.
+    // The sums of more columns leave registers for fewer warps: 12 where the units of in-features come out evenly enough.
     let most_warps = match (is_wide, kernel.units(problem)) {
         (false, _) => 16,
         (true, 24..) => 12,
         (true, _) => 8,
     };
-    // Small GPUs have no room for the rings of all of them.
-    let fits = |&warps: &usize| kernel.shared_bytes(problem.count, warps, 1) <= capability.shared_bytes as usize;
+    // Small GPUs have no room for the stages of all of them.
+    let fits = |&warps: &usize| kernel.shared_bytes(problem, warps, 1, 1) <= capability.shared_bytes as usize;
     let warps = [16, 12, 8, 4].into_iter().filter(|&warps| warps <= most_warps).find(fits)?;
     let tiles = problem.layout.rows.div_ceil(grid).div_ceil(TILE_ROWS);
-    let shared_bytes = kernel.shared_bytes(problem.count, warps, tiles).min(capability.shared_bytes as usize);
+    let is_short = kernel.units(problem) * tiles <= SHORT_VISITS * warps;
+    if is_short && problem.count == 1 && problem.dtype == Dtype::Float32 {
+        return None; // CUDA cores are done before the tables of these kernels are
+    }
+    let depth = kernel.depth(problem, warps, tiles, capability);
+    let shared_bytes = kernel.shared_bytes(problem, warps, depth, tiles).min(capability.shared_bytes as usize);
     Some(Plan {
         image: "linear_decode",
-        entry: kernel.entries[usize::from(is_wide)][of_dtype],
+        entry: kernel.entry(problem)?[usize::from(is_wide)],
         grid: [grid as u32, 1],
         threads: (warps * LANES) as u32,
         shared_bytes: shared_bytes as u32,
         is_dependent: capability.compute >= 90,
-        share: kernel.share(problem, grid, warps, shared_bytes),
+        share: kernel.share(problem, grid, warps, depth, shared_bytes),
     })
+}
+
+/// Columns of the tensor cores' second operand that the tokens take.
+fn columns(problem: &Problem) -> usize {
+    problem.count * if problem.dtype == Dtype::Float32 { 2 } else { 1 }
 }
 
 impl Kernel {
@@ -116,7 +142,17 @@ impl Kernel {
             && layout.cols.is_multiple_of(64)
             && layout.block_size >= self.group
             && (layout.block_size.is_power_of_two() || layout.blocks_per_row() == 1);
-        is_kind && is_laid_out && self.takes_scales(problem)
+        is_kind && is_laid_out && self.takes_scales(problem) && self.entry(problem).is_some()
+    }
+
+    /// Its entries for the dtype of the activations, for up to 8 and up to 16 columns.
+    fn entry(&self, problem: &Problem) -> Option<[&'static str; 2]> {
+        let of_16_bits = |dtype: usize| Some(self.entries.map(|entries| entries[dtype]));
+        match problem.dtype {
+            Dtype::Float32 => self.entries_of_float32,
+            Dtype::Float16 => of_16_bits(0),
+            Dtype::Bfloat16 => of_16_bits(1),
+        }
     }
 
     /// The scales of a unit are copied in words of 4 bytes, from where the row's begin.
@@ -138,12 +174,19 @@ impl Kernel {
         (problem.layout.cols * self.bits / 8).div_ceil(UNIT_BYTES)
     }
 
-    fn share(&self, problem: &Problem, grid: usize, warps: usize, shared_bytes: usize) -> Share {
+    /// Visits of a warp that are under way at a time: two where there are many, so that the second has time to pay.
+    fn depth(&self, problem: &Problem, warps: usize, tiles: usize, capability: Capability) -> usize {
+        let is_long = self.units(problem) * tiles >= LONG_VISITS * warps;
+        let fits = self.shared_bytes(problem, warps, 2, tiles) <= capability.shared_bytes as usize;
+        if is_long && fits { 2 } else { 1 }
+    }
+
+    fn share(&self, problem: &Problem, grid: usize, warps: usize, depth: usize, shared_bytes: usize) -> Share {
         let rows = problem.layout.rows;
         let units = self.units(problem);
         let rest = units % warps;
         let tiles = rows.div_ceil(grid).div_ceil(TILE_ROWS);
-        let most = (1..=tiles).rev().find(|&tiles| self.shared_bytes(problem.count, warps, tiles) <= shared_bytes);
+        let most = (1..=tiles).rev().find(|&tiles| self.shared_bytes(problem, warps, depth, tiles) <= shared_bytes);
         let passes = tiles.div_ceil(most.unwrap_or(1));
         Share {
             rows_each: (rows / grid) as i32,
@@ -152,25 +195,27 @@ impl Kernel {
             rest_units: rest as i32,
             rest_parts: warps.checked_div(rest).unwrap_or(1) as i32,
             tiles_a_pass: tiles.div_ceil(passes) as i32,
+            depth: depth as i32,
         }
     }
 
-    /// Shared memory for `tokens` tokens, of `warps` warps, with room for the sums of `tiles` tiles of rows.
-    fn shared_bytes(&self, tokens: usize, warps: usize, tiles: usize) -> usize {
+    /// Shared memory of `warps` warps with `depth` stages each, with room for the sums of `tiles` tiles of rows.
+    fn shared_bytes(&self, problem: &Problem, warps: usize, depth: usize, tiles: usize) -> usize {
         let groups = UNIT_BYTES * 8 / self.bits / self.group;
         let numbers = if self.has_shift { 2 } else { 1 };
         let stage = TILE_ROWS * UNIT_BYTES + TILE_ROWS * 4 * groups * numbers;
         let table = if self.bits == 4 { TABLE_BYTES } else { 0 };
         let map = if self.scales == Scales::Double { SCALE_MAP_BYTES } else { 0 };
-        let sums = tiles * TILE_ROWS * 4 * warps * tokens.next_power_of_two().max(2);
-        let in_table = if self.bits == 4 { SUMS_IN_TABLE } else { 0 };
-        table + map + warps * stage + sums.saturating_sub(in_table)
+        let sums = tiles * TILE_ROWS * 4 * warps * columns(problem).next_power_of_two().max(2);
+        let is_table_full = self.bits != 4 || problem.dtype == Dtype::Float32;
+        let in_table = if is_table_full { 0 } else { SUMS_IN_TABLE };
+        table + map + warps * depth * stage + sums.saturating_sub(in_table)
     }
 }
 
 #[cfg(test)]
 pub(super) fn entries() -> impl Iterator<Item = &'static str> {
-    KERNELS.iter().flat_map(|kernel| kernel.entries.into_iter().flatten())
+    KERNELS.iter().flat_map(|kernel| kernel.entries.into_iter().chain(kernel.entries_of_float32).flatten())
 }
 
 #[cfg(test)]
@@ -200,13 +245,13 @@ mod tests {
         let nf4 = problem(Format::Nf4, BlockSize::Elements(64), (8192, 28672), 1);
         let chosen = plan(&nf4, HOPPER).expect("a kernel");
         assert_eq!(chosen.entry, "linear_decode_bfloat16_int4_scale32_8");
-        // 64 KiB of table, 16 rings of 2304 bytes; the sums of 4 tiles lie in the table.
-        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 16 * 2304));
+        // 64 KiB of table, twice 16 stages of 2304 bytes; the sums of 4 tiles lie in the table.
+        assert_eq!((chosen.grid, chosen.threads, chosen.shared_bytes), ([132, 1], 512, 65536 + 2 * 16 * 2304));
         assert!(chosen.is_dependent);
         // 62 rows a block and 8 more; 112 units of 256 columns for 16 warps.
-        let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass } = chosen.share;
+        let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass, depth } = chosen.share;
         assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 7));
-        assert_eq!((rest_units, rest_parts, tiles_a_pass), (0, 1, 4));
+        assert_eq!((rest_units, rest_parts, tiles_a_pass, depth), (0, 1, 4, 2));
         let narrow = plan(&problem(Format::Nf4, BlockSize::Elements(64), (4096, 5120), 1), HOPPER).expect("a kernel");
         assert_eq!((narrow.share.full_rounds, narrow.share.rest_units, narrow.share.rest_parts), (1, 4, 4));
         let wide = plan(&Problem { count: 9, dtype: Dtype::Float16, ..nf4 }, HOPPER).expect("a kernel");
@@ -219,6 +264,22 @@ mod tests {
         ] {
             assert_eq!(plan(&problem(format, block_size, (4096, 4096), 4), HOPPER).expect("a kernel").entry, entry);
         }
+    }
+
+    #[test]
+    fn float32_has_two_columns_a_token() {
+        let nf4 = problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), 1);
+        for (tokens, entry, sums) in [(1, "_4", 2), (4, "_4", 8), (5, "_8", 16), (8, "_8", 16)] {
+            let chosen = plan(&Problem { dtype: Dtype::Float32, count: tokens, ..nf4 }, HOPPER).expect("a kernel");
+            assert_eq!(chosen.entry, format!("linear_decode_float32_int4_scale32{entry}"));
+            // The table has no room for sums.
+            let warps = chosen.threads as usize / LANES;
+            let bytes = TABLE_BYTES + warps * 2304 + chosen.share.tiles_a_pass as usize * TILE_ROWS * 4 * warps * sums;
+            assert!(chosen.shared_bytes as usize >= bytes);
+        }
+        let short = problem(Format::Nf4, BlockSize::Elements(64), (4096, 4096), 1);
+        assert!(plan(&Problem { dtype: Dtype::Float32, ..short }, HOPPER).is_none());
+        assert!(plan(&Problem { dtype: Dtype::Float32, count: 2, ..short }, HOPPER).is_some());
     }
 
     #[test]
@@ -247,7 +308,8 @@ mod tests {
         let double_int8 = problem(Format::Int8, BlockSize::Elements(64), (64, 256), 1);
         let spec = Spec { double_quant: true, ..double_int8.spec };
         for other in [
-            Problem { dtype: Dtype::Float32, ..nf4 },
+            Problem { dtype: Dtype::Float32, count: 9, ..nf4 },
+            Problem { dtype: Dtype::Float32, ..problem(Format::Uint4, BlockSize::Elements(64), (64, 256), 1) },
             Problem { is_vectorized: false, ..nf4 },
             Problem { count: 17, ..nf4 },
             Problem { operation: Operation::Dequantize, ..nf4 },

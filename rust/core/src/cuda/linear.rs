@@ -4,11 +4,15 @@
 use super::Queue;
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::plan::{Operation, Problem, Share, plan};
-use super::weight::{DeviceFloats, DeviceWeight, number};
+use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
+use crate::dtype::Dtype;
 use crate::{Error, Result};
 
 /// The most tokens that kernels multiply without unpacking the weight.
 pub const MAX_TOKENS: usize = 16;
+
+/// The most of them at once in float32, of which each takes two columns of the tensor cores' operand.
+const MAX_FLOAT32_TOKENS: usize = 8;
 
 /// Rows of activations: `tokens` rows of a known width, `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +39,7 @@ struct Operands {
     is_dependent: i32,
 }
 
-const _: () = assert!(size_of::<Operands>() == 64, "as cuda/linear.cu and decode_plan.cuh have it");
+const _: () = assert!(size_of::<Operands>() == 72, "as cuda/linear.cu and decode_plan.cuh have it");
 
 // SAFETY: `repr(C)`, the fields of `DecodeOperands` in `decode_plan.cuh`; `Operands` in `cuda/linear.cu` has the first of them.
 unsafe impl Argument for Operands {}
@@ -61,6 +65,10 @@ pub unsafe fn linear(
     if x.tokens == 0 || rows == 0 {
         return Ok(());
     }
+    if x.values.dtype == Dtype::Float32 && x.tokens > MAX_FLOAT32_TOKENS {
+        // SAFETY: handed on to the caller.
+        return unsafe { linear_in_two(queue, weight, x, bias, out) };
+    }
     let problem = Problem {
         operation: Operation::Linear,
         dtype: out.dtype,
@@ -85,6 +93,31 @@ pub unsafe fn linear(
     // SAFETY: the parameters of every kernel of `cuda/linear.cu` and `cuda/linear_decode.cu`; lengths were checked, the rest is
     // the caller's.
     unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
+}
+
+/// [`linear`] of the first tokens, then of the others: in fp32 tensor cores take half as many.
+unsafe fn linear_in_two(
+    queue: Queue,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+) -> Result<()> {
+    let rows = weight.layout().rows;
+    for (first, tokens) in [(0, MAX_FLOAT32_TOKENS), (MAX_FLOAT32_TOKENS, x.tokens - MAX_FLOAT32_TOKENS)] {
+        let part = DeviceActivations { values: behind(x.values, first * x.stride), tokens, stride: x.stride };
+        let mut sums = behind(out, first * rows);
+        sums.buffer.len = tokens * rows;
+        // SAFETY: handed on to the caller.
+        unsafe { linear(queue, weight, part, bias, sums)? };
+    }
+    Ok(())
+}
+
+/// What lies behind the first `count` elements.
+fn behind(floats: DeviceFloats, count: usize) -> DeviceFloats {
+    let DeviceBuffer { address, len } = floats.buffer;
+    DeviceFloats::new(address + (count * floats.dtype.size()) as u64, len - count, floats.dtype)
 }
 
 /// Whether rows of codes, scales and activations begin where accesses of 16 bytes may.

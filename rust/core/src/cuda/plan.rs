@@ -76,6 +76,8 @@ pub(super) struct Share {
     pub(super) rest_parts: i32,
     /// Tiles of rows whose sums have room at a time.
     pub(super) tiles_a_pass: i32,
+    /// Visits of a warp that are under way at a time.
+    pub(super) depth: i32,
 }
 
 /// A line of the table.
@@ -95,6 +97,8 @@ struct Kernel {
 const THREADS: usize = 256;
 /// Weights of a vector, `kVector` of `cuda/dequantize.cu`.
 const VECTOR: usize = 8;
+/// Weights of a warp that packs, 16 a lane: `kVector` of `cuda/include/lowbit/quantize_codes.cuh`.
+const WARP_WEIGHTS: usize = 512;
 /// Blocks of a kernel that walks what is left over.
 const MANY_BLOCKS: usize = 1 << 20;
 /// Most partial sums of scales: what the kernel that reads them adds up in one step.
@@ -131,12 +135,23 @@ const KERNELS: &[Kernel] = &[
         image: "quantize",
         entries: ["quantize_vectors_float32", "quantize_vectors_float16", "quantize_vectors_bfloat16"],
         compute: 75,
-        takes: |problem| problem.is_vectorized,
+        takes: |problem| {
+            let block_size = problem.layout.block_size;
+            problem.is_vectorized && block_size <= WARP_WEIGHTS && block_size.is_power_of_two()
+        },
         grid: |problem| {
             let weights_of_a_thread = 64 / problem.dtype.size();
             let weights = problem.count * problem.layout.block_size;
             [weights.div_ceil(THREADS * weights_of_a_thread), 1]
         },
+    },
+    Kernel {
+        operation: Operation::Quantize,
+        image: "quantize",
+        entries: ["quantize_long_float32", "quantize_long_float16", "quantize_long_bfloat16"],
+        compute: 75,
+        takes: |problem| problem.is_vectorized && problem.layout.block_size > WARP_WEIGHTS,
+        grid: |problem| [problem.count.min(MANY_BLOCKS), 1],
     },
     Kernel {
         operation: Operation::Quantize,

@@ -12,10 +12,10 @@ use crate::dtype::Dtype;
 use crate::format::Shift;
 use crate::{Error, Result};
 
-/// Bins in which a number's rank among the values of a codebook is looked up: `kBins` of `cuda/quantize.cu`.
+/// Bins in which a number's rank among the values of a codebook is looked up: `kBins` of `quantize_codes.cuh`.
 const BINS: usize = 32;
-/// Blocks that the vector kernel takes: from one lane of 16 weights to a warp of them.
-const VECTOR_BLOCKS: std::ops::RangeInclusive<usize> = 16..=512;
+/// Weights of a thread's vector: `kVector` of `quantize_codes.cuh`.
+const VECTOR: usize = 16;
 /// What the status starts as: beyond any index.
 const NONE: i64 = -1;
 
@@ -35,7 +35,7 @@ pub struct DeviceSource {
 /// Memory that packing needs meanwhile.
 #[derive(Debug, Clone, Copy)]
 pub struct Workspace {
-    /// Two int64 of -1. Where the work may fail, they tell where it did.
+    /// Two int64. Where the work may fail, they tell where it did.
     pub status: DeviceBuffer,
     /// With double quantization: a float32 for each block.
     pub scales: Option<DeviceBuffer>,
@@ -43,7 +43,7 @@ pub struct Workspace {
     pub sums: Option<DeviceBuffer>,
 }
 
-/// As the kernels get them: `Source`, `Rule` and `Target` of `cuda/quantize.cu`.
+/// As the kernels get them: `Source`, `Rule` and `Target` of `quantize_codes.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct KernelSource {
@@ -119,7 +119,14 @@ pub unsafe fn quantize(
     workspace.check(out)?;
     let codebook = out.table(custom)?;
     let rule = Rule::new(out, codebook.as_ref());
-    let target = Target::new(out, workspace);
+    let may_overflow = spec.format.has_shift() || (spec.scale_dtype != Dtype::Float32 && !spec.double_quant);
+    let may_fail = refuses_nonfinite || may_overflow;
+    if may_fail {
+        // SAFETY: the status was checked to have two int64.
+        unsafe { clear(queue, workspace.status)? };
+    }
+    let target =
+        Target { status: Pointer(if may_fail { workspace.status.address } else { 0 }), ..Target::new(out, workspace) };
     let plan = planned(queue, source, out, Operation::Quantize, layout.block_count())?;
     let from = KernelSource {
         base: Pointer(source.address),
@@ -133,8 +140,7 @@ pub unsafe fn quantize(
         // SAFETY: handed on to the caller.
         unsafe { quantize_scales(queue, source, out, scales, sums)? };
     }
-    let may_overflow = spec.format.has_shift() || (spec.scale_dtype != Dtype::Float32 && !spec.double_quant);
-    if refuses_nonfinite || may_overflow {
+    if may_fail {
         // SAFETY: handed on to the caller.
         unsafe { read_status(queue, source, out, refuses_nonfinite, workspace.status)? };
     }
@@ -155,8 +161,7 @@ fn planned(
         && (rows <= 1 || source.strides[1] == cols as isize)
         && (source.shape[0] <= 1 || source.strides[0] == (rows * cols) as isize);
     let is_vectorized = is_dense
-        && VECTOR_BLOCKS.contains(&layout.block_size)
-        && layout.block_size.is_power_of_two()
+        && layout.block_size.is_multiple_of(VECTOR)
         && layout.cols.is_multiple_of(layout.block_size)
         && source.address.is_multiple_of(16)
         && out.kernel().codes.0.is_multiple_of(2 * layout.bits as u64);
@@ -231,6 +236,15 @@ unsafe fn element(queue: Queue, source: &DeviceSource, at: [usize; 3]) -> Result
     })
 }
 
+/// Fills a status with -1.
+unsafe fn clear(queue: Queue, status: DeviceBuffer) -> Result<()> {
+    let _entered = queue.device.enter()?;
+    let words = status.len * size_of::<i64>() / size_of::<u32>();
+    // SAFETY: as many words as the status has, on the caller's word.
+    let filled = unsafe { sys::cuMemsetD32Async(status.address, u32::MAX, words, queue.stream as sys::CUstream) };
+    check(filled, || format!("cuMemsetD32Async on {}", queue.device))
+}
+
 /// Copies device memory to the host, behind what is queued.
 unsafe fn read<T: Copy>(queue: Queue, address: u64, into: &mut [T]) -> Result<()> {
     let _entered = queue.device.enter()?;
@@ -285,20 +299,25 @@ impl Rule {
         rule
     }
 
-    /// For each bin, the thresholds in bins below it; and the most that are in one bin.
+    /// For each bin, the thresholds in bins below it; and the most that numbers in one bin have to be compared with.
     fn fill_bins(&mut self, codebook: &Codebook) {
         // A little less than half of the bins to each side, so that rounding leads to none beyond.
         self.bin_scale = ((BINS / 2) as f32 - 0.5) / codebook.limit();
         let mut bins = [0_u8; BINS];
+        let mut compared = [0_u8; BINS];
         for &threshold in codebook.thresholds().iter().filter(|threshold| threshold.is_finite()) {
-            bins[self.bin(threshold)] += 1;
+            let bin = self.bin(threshold);
+            bins[bin] += 1;
+            // The last number of a bin: none in it is larger.
+            let is_last = self.bin(threshold.next_up()) != bin;
+            compared[bin] += u8::from(!is_last);
         }
         let mut below = 0;
         for (rank, &count) in self.ranks.iter_mut().zip(&bins) {
             *rank = below;
             below += count;
         }
-        self.steps = bins.into_iter().max().unwrap_or(0).into();
+        self.steps = compared.into_iter().max().unwrap_or(0).into();
     }
 
     /// The bin of a number, as the kernel finds it for those up to the limit: bins are in the order of their numbers. In
@@ -328,7 +347,7 @@ impl Target {
             codes: weight.codes,
             scales: plain.map_or(weight.scales, |scales| Pointer(scales.address)),
             shifts: weight.shifts,
-            status: Pointer(workspace.status.address),
+            status: Pointer(0),
             block_size: layout.block_size as i64,
             blocks_per_row: layout.blocks_per_row() as i64,
             row_codes: row_codes(layout) as i64,
@@ -369,13 +388,13 @@ mod tests {
         DeviceWeight::new(spec, (1, 16), buffer(8), buffer(1), None, shifts, custom).expect("right lengths")
     }
 
-    /// The kernel's `code_of`, step by step.
+    /// The kernel's `quick_code` where it is used, and its `any_code`, step by step.
     fn code_of(rule: &Rule, u: f32) -> u8 {
         let mut rank = usize::from(rule.ranks[rule.bin(u)]);
         for _ in 0..rule.steps {
             rank += usize::from(u > rule.thresholds[rank]);
         }
-        if rule.is_sorted == 1 { rank as u8 } else { rule.order[rank] }
+        rule.order[rank]
     }
 
     fn agrees(codebook: &Codebook, format: Format, u: f32) {
@@ -401,10 +420,10 @@ mod tests {
     }
 
     #[test]
-    fn the_tables_in_use_are_settled_in_few_comparisons() {
-        for (format, steps) in [(Format::Nf4, 1), (Format::Int4, 1), (Format::Uint4, 1), (Format::Fp4, 2)] {
+    fn the_tables_in_use_are_settled_in_one_comparison() {
+        for format in [Format::Nf4, Format::Int4, Format::Uint4, Format::Fp4] {
             let rule = Rule::new(&weight(format), format.codebook().as_ref());
-            assert!(rule.steps <= steps, "{format:?}: {}", rule.steps);
+            assert!(rule.steps <= 1, "{format:?}: {}", rule.steps);
         }
     }
 
