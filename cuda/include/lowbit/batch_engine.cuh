@@ -1,0 +1,105 @@
+// The tensor cores of linear_batch: wgmma on compute capability 9.0, mma.sync elsewhere. Either way a warp has 16 rows
+// of the weight for each of its row tiles, as operand A in registers, and all tokens of the tile as operand B from
+// shared memory; warps that have the same rows share a step's in-features, and their sums are added at the end.
+#pragma once
+
+#include "batch_plan.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+
+namespace lowbit {
+
+#if defined(LOWBIT_HAS_WGMMA)
+
+template <typename T, int kTokens, int kThreads>
+struct BatchEngine {
+  static constexpr int kGroups = kThreads / 128;       // warpgroups, of 64 rows each
+  static constexpr int kSlices = kGroups / 2;          // that share the in-features
+  static constexpr int kRowTiles = 1;
+  static constexpr int kSixteenths = 4 / kSlices;      // of a step
+  float d[kRowTiles][kTokens / 8][4];
+
+  static __device__ __forceinline__ int slice(int warp) { return warp / 8; }
+  static __device__ __forceinline__ int row(int warp, int) { return warp % 8 * 16; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      d[0][n][0] = d[0][n][1] = d[0][n][2] = d[0][n][3] = 0.0f;
+      keep_in_registers(d[0][n]);
+    }
+  }
+
+  // Waits for the products of the step before, whose operands may now be overwritten, and starts those of this one.
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first) {
+    wait_for_products<0>();
+    uint32_t now[kSixteenths][4];
+#pragma unroll
+    for (int j = 0; j < kSixteenths; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(now[j][i]) : "r"(a[0][j][i]));
+    }
+    begin_products();
+#pragma unroll
+    for (int j = 0; j < kSixteenths; ++j) multiply_tokens<T, kTokens>(d[0], now[j], x + (first + j) * 32);
+    end_products();
+  }
+
+  __device__ __forceinline__ void finish() {
+    wait_for_products<0>();
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) keep_in_registers(d[0][n]);
+  }
+};
+
+#else
+
+template <typename T, int kTokens, int kThreads>
+struct BatchEngine {
+  static constexpr int kSlices = kThreads / 128;
+  static constexpr int kRowTiles = 2;
+  static constexpr int kSixteenths = 4 / kSlices;
+  float d[kRowTiles][kTokens / 8][4];
+
+  static __device__ __forceinline__ int slice(int warp) { return warp / 4; }
+  static __device__ __forceinline__ int row(int warp, int tile) { return warp % 4 * 32 + tile * 16; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; ++n) d[i][n][0] = d[i][n][1] = d[i][n][2] = d[i][n][3] = 0.0f;
+    }
+  }
+
+  // 16 tokens at once: lane l gives the address of a row of matrix l / 8, which are tokens 0..7 and 8..15, each with
+  // its lower and its upper 8 in-features.
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first) {
+#pragma unroll
+    for (int j = 0; j < kSixteenths; ++j) multiply_sixteenth(a, x, first, j);
+  }
+
+  __device__ __forceinline__ void finish() {}
+
+ private:
+  __device__ __forceinline__ void multiply_sixteenth(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first,
+                                                     int j) {
+    const int lane = threadIdx.x % 32, token = lane / 16 * 8 + lane % 8, chunk = (first + j) * 2 + lane / 8 % 2;
+    const uint32_t from = x + token * (kStepCols * 2) + (chunk ^ token % 8) * 16;
+#pragma unroll
+    for (int n = 0; n < kTokens / 16; ++n) {
+      uint32_t b[4];
+      load_matrices(b, from + n * 16 * kStepCols * 2);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        float(&low)[4] = d[i][2 * n], (&high)[4] = d[i][2 * n + 1];
+        multiply_tile<T>(low, a[i][j], b[0], b[1], low[0], low[1], low[2], low[3]);
+        multiply_tile<T>(high, a[i][j], b[2], b[3], high[0], high[1], high[2], high[3]);
+      }
+    }
+  }
+};
+
+#endif
+
+}  // namespace lowbit

@@ -1,0 +1,27 @@
+// y = x W^T + bias for more tokens than linear_decode takes, on tensor cores: sm_80 and newer, fp16 and bf16 activations. A
+// weight is rounded once, to the type of the activations; sums are fp32, in an order that depends on the shapes and the
+// launch alone; one rounding at the end. batch_plan.cuh says who does what.
+//
+// Launch of linear_batch_{float16,bfloat16}_<kTokens>:
+//   grid     any number of CTAs, one an SM at a time; no more than there are steps
+//   block    512 threads
+//   shared   dynamic, in bytes: 65536 + stages * stage; stages 4, 5, 6 or 8
+//            stage  128 * kTokens + 1024 * bits + 512 * blocks, with shifts 1024 * blocks, rounded up to 1024; blocks =
+//                   64 / block_size, at least 1
+//   memory   where a tile is shared by CTAs: 1024 * kTokens bytes of partials a CTA, a counter a tile, all 0
+// They take rows of codes and of x that are 16-byte aligned, and blocks that start with the row, of a power of two of at
+// least 16 or of a whole row.
+#include "lowbit/batch_kernel.cuh"
+
+extern "C" __device__ float lowbit_dynamic_map[256] = {};
+
+#define LOWBIT_BATCH(type, tokens, threads)                                                                  \
+  extern "C" __global__ void __launch_bounds__(threads, 1) linear_batch_##type##_##tokens(                   \
+      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands) {    \
+    extern __shared__ __align__(1024) uint8_t memory[];                                                      \
+    lowbit::Batch<lowbit::type, tokens, threads>(w, operands, memory).run();                                 \
+  }
+LOWBIT_BATCH(bfloat16, 32, 256)
+LOWBIT_BATCH(bfloat16, 64, 256)
+LOWBIT_BATCH(float16, 32, 256)
+LOWBIT_BATCH(float16, 64, 256)
