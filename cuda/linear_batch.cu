@@ -15,13 +15,7 @@
 
 extern "C" __device__ float lowbit_dynamic_map[256] = {};
 
-#define LOWBIT_BATCH(type, tokens, threads)                                                                  \
-  extern "C" __global__ void __launch_bounds__(threads, 1) linear_batch_##type##_##tokens(                   \
-      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands) {    \
-    extern __shared__ __align__(1024) uint8_t memory[];                                                      \
-    lowbit::Batch<lowbit::type, tokens, threads>(w, operands, memory).run();                                 \
-  }
-LOWBIT_BATCH(bfloat16, 32, 256)
-LOWBIT_BATCH(bfloat16, 64, 256)
-LOWBIT_BATCH(float16, 32, 256)
-LOWBIT_BATCH(float16, 64, 256)
+LOWBIT_BATCH(bfloat16, 32, 2)
+LOWBIT_BATCH(bfloat16, 64, 2)
+LOWBIT_BATCH(float16, 32, 2)
+LOWBIT_BATCH(float16, 64, 2)

@@ -1,8 +1,9 @@
-// From codes to operand A of linear_batch: 16 rows of the weight and 16 in-features, in their natural order, each
-// weight rounded once to the type of the activations.
+// From codes to operand A of linear_batch: 16 rows of the weight and 16 in-features, in their natural order, as numbers of
+// the activations' type T.
 //
-// The values of codes are looked up as fp16, all of a table divided by one power of two so that its largest lies near
-// the top of fp16's range: relative to the largest a value keeps 11 bits down to 2^-29. fp32 takes it from there.
+// A code's value is rounded to T (those of integers are exact), a scale is the sum of two T's, and their product is rounded
+// once: |w' - w| <= (2 u + u^2) |w| with the unit roundoff u of T. A shift is such a sum as well, and costs one rounding
+// of the sum more.
 #pragma once
 
 #include "batch_plan.cuh"
@@ -10,52 +11,94 @@
 
 namespace lowbit {
 
-// log2 of where the largest value of a table is put: at least 2^14.
-constexpr int kTableTop = 14;
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<bfloat16> {
+  using Type = __nv_bfloat162;
+};
+template <>
+struct PairOf<float16> {
+  using Type = __half2;
+};
+template <typename T>
+using Pair = typename PairOf<T>::Type;
 
-// Writes the table of code values and returns what they were divided by.
+template <typename T>
+__device__ __forceinline__ Pair<T> pair_of(uint32_t bits) {
+  return *reinterpret_cast<const Pair<T>*>(&bits);
+}
+template <typename P>
+__device__ __forceinline__ uint32_t bits_of_pair(const P& pair) {
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// A number as the sum of two T's, each of them twice.
+template <typename T>
+__device__ __forceinline__ uint2 split_number(float value) {
+  const T high = from_float<T>(value);
+  const float rest = value - to_float(high);
+  const uint32_t high_bits = bits_of<T>(value), low_bits = isfinite(to_float(high)) ? bits_of<T>(rest) : 0;
+  return make_uint2(high_bits * 0x10001u, low_bits * 0x10001u);
+}
+
+// What int8 codes are divided by: scales of fp16 would else be too small for its full precision.
+template <typename T>
+constexpr float kInt8Divisor = 1.0f;
+template <>
+constexpr float kInt8Divisor<float16> = 128.0f;
+
+// Writes the table of code values, divided by a power of two so that the largest is at least 1 and below 2: fp16 has its
+// full precision there. Returns the power.
+template <typename T>
 __device__ __forceinline__ float write_batch_table(const Weight& w, uint8_t* table, int warp, int warps, int lane) {
-  if (w.bits == 8) return 1.0f;
+  if (w.bits == 8) return kInt8Divisor<T>;
   const int code = lane % kCodebookLength;
   const float value = w.codebook == nullptr ? w.table[code] : code < w.codebook_length ? w.codebook[code] : 0.0f;
   float largest = fabsf(value);
 #pragma unroll
   for (int i = 1; i < kCodebookLength; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, i));
-  // Powers of two that fp32 has; a table of zeros stays one.
-  const int exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23) - 127 - kTableTop, -126), 126);
-  const float divisor = __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
-  const float inverse = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
-  write_pair_table<float16>(table, value * inverse, warp, warps, lane);
+  // A power that fp32 has, and its inverse; a table of zeros stays one.
+  const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+  const float divisor = __uint_as_float(exponent << 23), inverse = __uint_as_float((254 - exponent) << 23);
+  write_pair_table<T>(table, value * inverse, warp, warps, lane);
   return divisor;
 }
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ uint32_t pack_pair(float low, float high, float16) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// A pair of code values as weights.
+// Bytes 0 and 1 of `codes`, int8, divided by kInt8Divisor. Exact.
 template <typename T>
-__device__ __forceinline__ uint32_t scaled_pair(uint32_t halves, float scale, float shift) {
-  const float2 values = __half22float2(*reinterpret_cast<const __half2*>(&halves));
-  return pack_pair(fmaf(values.x, scale, shift), fmaf(values.y, scale, shift), T{});
+__device__ __forceinline__ uint32_t int8_pair(uint32_t codes);
+template <>
+__device__ __forceinline__ uint32_t int8_pair<bfloat16>(uint32_t codes) {
+  return convert_int8_pair<bfloat16>(codes, 0);
+}
+template <>
+__device__ __forceinline__ uint32_t int8_pair<float16>(uint32_t codes) {
+  // 1024 + 128 + the code, as fp16.
+  const uint32_t shifted = __byte_perm(codes ^ 0x80808080u, 0x64646464u, 0x4140);
+  return bits_of_pair(__hfma2(pair_of<float16>(shifted), __float2half2_rn(1.0f / 128.0f), __float2half2_rn(-9.0f)));
 }
 
-// The scales and shifts of rows g and g + 8 in a block.
-struct RowNumbers {
-  float scales[2], shifts[2];
+// Of a row and a block: both parts of the scale, and of the shift.
+struct SplitNumbers {
+  uint2 scale, shift;
 };
 
+template <typename T, bool kShift>
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t values, const SplitNumbers& numbers) {
+  const Pair<T> value = pair_of<T>(values), high = pair_of<T>(numbers.scale.x), low = pair_of<T>(numbers.scale.y);
+  if constexpr (!kShift) return bits_of_pair(__hfma2(value, high, __hmul2(value, low)));
+  const Pair<T> rest = __hfma2(value, low, pair_of<T>(numbers.shift.y));
+  return bits_of_pair(__hadd2(__hfma2(value, high, pair_of<T>(numbers.shift.x)), rest));
+}
+
 // One lane: of operand A it has rows g and g + 8, and in-features 2 t, 2 t + 1, 2 t + 8, 2 t + 9.
+template <typename Shape>
 struct BatchDecoder {
   const uint8_t* table;
   const BatchStage& layout;
-  int bits, log_blocks;
+  int bits, blocks_shift;  // from the number of 16 in-features of a step to that of their block
+  bool has_one_block;
   bool has_shift;
   int g;
   uint32_t lane_offset;  // of this lane's copy of the table
@@ -66,7 +109,8 @@ struct BatchDecoder {
       : table(table_),
         layout(layout_),
         bits(w.bits),
-        log_blocks(operands.log_blocks),
+        blocks_shift(kLogSixteenths - operands.log_blocks),
+        has_one_block(operands.log_blocks == 0),
         has_shift(w.shifts != nullptr),
         g(lane / 4),
         lane_offset(lane * 4),
@@ -75,29 +119,31 @@ struct BatchDecoder {
   // The 16 rows from `row` on and `kCount` times 16 in-features, from `first` on, of a step.
   template <typename T, int kCount>
   __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], const uint8_t* stage, int row, int first) const {
-    uint32_t halves[kCount][4];
-    if (bits == 4) look_up(halves, stage + layout.codes, row + g, first);
-    else convert(halves, stage + layout.codes, row + g, first);
-    RowNumbers numbers;
-    read_numbers(numbers, stage, row + g);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (log_blocks > 0) read_numbers(numbers, stage, ((first + i) >> (2 - log_blocks)) * kBatchRows + row + g);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        a[i][j] = scaled_pair<T>(halves[i][j], numbers.scales[j % 2], numbers.shifts[j % 2]);
-      }
-    }
+    if (bits == 4) look_up(a, stage + layout.codes, row + g, first);
+    else convert<T>(a, stage + layout.codes, row + g, first);
+    // All uniform in a warp.
+    if (has_shift) scale<T, true, false>(a, stage, row + g, first);
+    else if (has_one_block) scale<T, false, true>(a, stage, row + g, first);
+    else scale<T, false, false>(a, stage, row + g, first);
   }
 
  private:
-  __device__ __forceinline__ void read_numbers(RowNumbers& numbers, const uint8_t* stage, int place) const {
-    const float* scales = reinterpret_cast<const float*>(stage + layout.scales) + place;
-    numbers.scales[0] = scales[0], numbers.scales[1] = scales[8];
-    numbers.shifts[0] = numbers.shifts[1] = 0.0f;
-    if (has_shift) {
-      const float* shifts = reinterpret_cast<const float*>(stage + layout.shifts) + place;
-      numbers.shifts[0] = shifts[0], numbers.shifts[1] = shifts[8];
+  static constexpr int kLogSixteenths = Shape::kPanels == 1 ? 2 : 3;
+
+  template <typename T, bool kShift, bool kOneBlock, int kCount>
+  __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], const uint8_t* stage, int row, int first) const {
+    SplitNumbers upper, lower;
+    const uint2* scales = reinterpret_cast<const uint2*>(stage + layout.scales) + row;
+    const uint2* shifts = reinterpret_cast<const uint2*>(stage + layout.shifts) + row;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i == 0 || !kOneBlock) {
+        const int block = ((first + i) >> blocks_shift) * kBatchRows;
+        upper.scale = scales[block], lower.scale = scales[block + 8];
+        if constexpr (kShift) upper.shift = shifts[block], lower.shift = shifts[block + 8];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[i][j] = scaled_pair<T, kShift>(a[i][j], j % 2 == 0 ? upper : lower);
     }
   }
 
@@ -107,35 +153,36 @@ struct BatchDecoder {
 
   // Four lanes read the same 16 bytes of a row, 32 in-features, and each takes its byte of every word.
   template <int kCount>
-  __device__ __forceinline__ void look_up(uint32_t (&halves)[kCount][4], const uint8_t* codes, int row,
+  __device__ __forceinline__ void look_up(uint32_t (&a)[kCount][4], const uint8_t* codes, int row,
                                           int first) const {
     static_assert(kCount % 2 == 0, "16 bytes are 32 codes");
-    const uint8_t* from = codes + row * (kStepCols / 2);
+    constexpr int kRowBytes = Shape::kCols / 2, kChunks = kRowBytes / 16;
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int place = ((first + i) / 2 ^ (row >> 2 & 1)) * 16 + half * (8 * kStepCols / 2);
-        const uint4 words = *reinterpret_cast<const uint4*>(from + place);
-        halves[i][half] = look_up_byte(words.x);
-        halves[i][half + 2] = look_up_byte(words.y);
-        halves[i + 1][half] = look_up_byte(words.z);
-        halves[i + 1][half + 2] = look_up_byte(words.w);
+        const uint8_t* from = codes + (row + half * 8) * kRowBytes + code_place(row, (first + i) / 2, kChunks) * 16;
+        const uint4 words = *reinterpret_cast<const uint4*>(from);
+        a[i][half] = look_up_byte(words.x);
+        a[i][half + 2] = look_up_byte(words.y);
+        a[i + 1][half] = look_up_byte(words.z);
+        a[i + 1][half + 2] = look_up_byte(words.w);
       }
     }
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void convert(uint32_t (&halves)[kCount][4], const uint8_t* codes, int row,
+  template <typename T, int kCount>
+  __device__ __forceinline__ void convert(uint32_t (&a)[kCount][4], const uint8_t* codes, int row,
                                           int first) const {
+    constexpr int kRowBytes = Shape::kCols, kChunks = kRowBytes / 16;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* from = codes + (row + half * 8) * kStepCols + (first + i) * 16;
+        const uint8_t* from = codes + (row + half * 8) * kRowBytes + code_place(row, first + i, kChunks) * 16;
         const uint4 words = *reinterpret_cast<const uint4*>(from);
-        halves[i][half] = convert_int8_pair<float16>(__byte_perm(words.x, words.y, selector), 0);
-        halves[i][half + 2] = convert_int8_pair<float16>(__byte_perm(words.z, words.w, selector), 0);
+        a[i][half] = int8_pair<T>(__byte_perm(words.x, words.y, selector));
+        a[i][half + 2] = int8_pair<T>(__byte_perm(words.z, words.w, selector));
       }
     }
   }

@@ -11,12 +11,24 @@ namespace lowbit {
 
 #if defined(LOWBIT_HAS_WGMMA)
 
-template <typename T, int kTokens, int kThreads>
+// Consumers need more registers than a thread has where all have the same number: producers leave them theirs.
+template <typename Shape>
+__device__ __forceinline__ void leave_registers() {
+  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+  else asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+}
+template <typename Shape>
+__device__ __forceinline__ void take_registers() {
+  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+}
+
+template <typename T, typename Shape>
 struct BatchEngine {
-  static constexpr int kGroups = kThreads / 128;       // warpgroups, of 64 rows each
-  static constexpr int kSlices = kGroups / 2;          // that share the in-features
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kSlices = Shape::kConsumers / 256;  // of the in-features of a step, 8 warps each
   static constexpr int kRowTiles = 1;
-  static constexpr int kSixteenths = 4 / kSlices;      // of a step
+  static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
   float d[kRowTiles][kTokens / 8][4];
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 8; }
@@ -39,9 +51,12 @@ struct BatchEngine {
 #pragma unroll
       for (int i = 0; i < 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(now[j][i]) : "r"(a[0][j][i]));
     }
+    const uint32_t described = describe_operand(x + first / 4 * Shape::kPanelBytes + first % 4 * 32);
     begin_products();
 #pragma unroll
-    for (int j = 0; j < kSixteenths; ++j) multiply_tokens<T, kTokens>(d[0], now[j], x + (first + j) * 32);
+    for (int j = 0; j < kSixteenths; ++j) {
+      multiply_tokens<T, kTokens>(d[0], now[j], described + (j / 4 * Shape::kPanelBytes + j % 4 * 32) / 16);
+    }
     end_products();
   }
 
@@ -54,11 +69,17 @@ struct BatchEngine {
 
 #else
 
-template <typename T, int kTokens, int kThreads>
+template <typename Shape>
+__device__ __forceinline__ void leave_registers() {}
+template <typename Shape>
+__device__ __forceinline__ void take_registers() {}
+
+template <typename T, typename Shape>
 struct BatchEngine {
-  static constexpr int kSlices = kThreads / 128;
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kSlices = 2;  // of the in-features of a step, 4 warps each
   static constexpr int kRowTiles = 2;
-  static constexpr int kSixteenths = 4 / kSlices;
+  static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
   float d[kRowTiles][kTokens / 8][4];
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 4; }
@@ -84,12 +105,12 @@ struct BatchEngine {
  private:
   __device__ __forceinline__ void multiply_sixteenth(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first,
                                                      int j) {
-    const int lane = threadIdx.x % 32, token = lane / 16 * 8 + lane % 8, chunk = (first + j) * 2 + lane / 8 % 2;
-    const uint32_t from = x + token * (kStepCols * 2) + (chunk ^ token % 8) * 16;
+    const int lane = threadIdx.x % 32, token = lane / 16 * 8 + lane % 8, chunk = (first + j) % 4 * 2 + lane / 8 % 2;
+    const uint32_t from = x + (first + j) / 4 * Shape::kPanelBytes + token * 128 + (chunk ^ token % 8) * 16;
 #pragma unroll
     for (int n = 0; n < kTokens / 16; ++n) {
       uint32_t b[4];
-      load_matrices(b, from + n * 16 * kStepCols * 2);
+      load_matrices(b, from + n * 16 * 128);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         float(&low)[4] = d[i][2 * n], (&high)[4] = d[i][2 * n + 1];

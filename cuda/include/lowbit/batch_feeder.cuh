@@ -1,22 +1,24 @@
-// The way of activations, codes, scales and shifts into the ring of linear_batch: all threads copy.
+// The way of activations, codes, scales and shifts into the ring of linear_batch: what its producers do.
 #pragma once
 
+#include "batch_decode.cuh"
 #include "batch_plan.cuh"
+#include "mbarrier.cuh"
 #include "ptx.cuh"
 
 namespace lowbit {
 
 // Activations and codes, some steps ahead of the arithmetic. What a thread copies lies one step of columns further each
 // time, until a tile ends.
-template <int kTokens, int kThreads>
+template <typename Shape>
 struct BatchCopier {
-  static constexpr int kTokensAtOnce = kThreads / kStepChunks;
-  static constexpr int kTokenRounds = (kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
-  static constexpr int kMaxCodeRounds = kBatchRows * kStepCols / 16 / kThreads;
+  static constexpr int kTokensAtOnce = Shape::kProducers / Shape::kChunks;
+  static constexpr int kTokenRounds = (Shape::kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
+  static constexpr int kMaxCodeRounds = kBatchRows * Shape::kCols / 16 / Shape::kProducers;
   const Weight& w;
   const BatchOperands& operands;
+  int thread;
   StepCursor next;
-  int end;
   uint32_t x_to, codes_to;  // places in a stage
   int x_column, codes_column;
   // Of the tile of `next`: from where, and how many rounds have a token or a row.
@@ -25,43 +27,38 @@ struct BatchCopier {
   int x_rounds, code_rounds;
 
   __device__ __forceinline__ BatchCopier(const Weight& w_, const BatchOperands& operands_, const BatchStage& layout,
-                                         int begin, int end_)
-      : w(w_), operands(operands_), next(begin, operands_.steps), end(end_) {
-    x_to = token() * kStepBytes + (threadIdx.x % kStepChunks ^ token() % 8) * 16;
-    x_column = threadIdx.x % kStepChunks * 8;
-    // A 4-bit row has two chunks a step; those of every other four rows change places, so that 8 rows meet no bank twice.
-    const int chunk = threadIdx.x & (code_chunks() - 1), place = w.bits == 4 ? chunk ^ (code_row() >> 2 & 1) : chunk;
-    codes_to = layout.codes + (code_row() * code_chunks() + place) * 16;
+                                         int begin, int thread_)
+      : w(w_), operands(operands_), thread(thread_), next(begin, operands_.steps) {
+    const int x_chunk = thread % Shape::kChunks;
+    x_to = x_chunk / 8 * Shape::kPanelBytes + token() * 128 + ((x_chunk ^ token()) & 7) * 16;
+    x_column = x_chunk * 8;
+    const int chunk = thread % code_chunks();
+    codes_to = layout.codes + (code_row() * code_chunks() + code_place(code_row(), chunk, code_chunks())) * 16;
     codes_column = chunk * (128 / w.bits);
-    if (begin < end) enter_tile();
+    enter_tile();
   }
 
-  // Starts the copies of the next step into `stage`; a group of copies even where there is none.
+  // Starts the copies of the next step into `stage`.
   __device__ __forceinline__ void copy_step(uint32_t stage) {
-    if (next.step < end) {
-      const int columns = static_cast<int>(w.cols) - next.in_tile * kStepCols;
-      copy_activations(stage + x_to, x_column < columns ? x_rounds : 0);
-      copy_codes(stage + codes_to, codes_column < columns ? code_rounds : 0);
-      if (next.advance(operands.steps)) enter_tile();
-    }
-    commit_copies();
+    const int columns = static_cast<int>(w.cols) - next.in_tile * Shape::kCols;
+    copy_activations(stage + x_to, x_column < columns ? x_rounds : 0);
+    copy_codes(stage + codes_to, codes_column < columns ? code_rounds : 0);
+    if (next.advance(operands.steps)) enter_tile();
   }
 
  private:
-  static constexpr int kStepBytes = kStepCols * 2;
-
-  __device__ __forceinline__ int token() const { return threadIdx.x / kStepChunks; }
-  __device__ __forceinline__ int code_chunks() const { return w.bits == 4 ? 2 : 4; }
-  __device__ __forceinline__ int code_row() const { return threadIdx.x / (w.bits == 4 ? 2 : 4); }
+  __device__ __forceinline__ int token() const { return thread / Shape::kChunks; }
+  __device__ __forceinline__ uint32_t code_chunks() const { return w.bits == 4 ? Shape::kCols / 32 : Shape::kCols / 16; }
+  __device__ __forceinline__ int code_row() const { return thread / code_chunks(); }
 
   __device__ __forceinline__ void enter_tile() {
-    const BatchTile tile(w, operands, kTokens, next.tile);
+    const BatchTile tile(w, operands, Shape::kTokens, next.tile);
     x_from = static_cast<const uint8_t*>(operands.x) +
-             (static_cast<uint64_t>(tile.token + token()) * operands.x_stride + next.in_tile * kStepCols + x_column) * 2;
+             (static_cast<uint64_t>(tile.token + token()) * operands.x_stride + next.in_tile * Shape::kCols + x_column) * 2;
     x_rounds = (tile.tokens_left - token() + kTokensAtOnce - 1) / kTokensAtOnce;
-    codes_from = w.codes + (static_cast<uint64_t>(tile.row + code_row()) * w.row_codes + next.in_tile * kStepCols +
+    codes_from = w.codes + (static_cast<uint64_t>(tile.row + code_row()) * w.row_codes + next.in_tile * Shape::kCols +
                             codes_column) * w.bits / 8;
-    const int rows_at_once = kThreads / code_chunks();
+    const int rows_at_once = Shape::kProducers / code_chunks();
     code_rounds = (tile.rows_left - code_row() + rows_at_once - 1) / rows_at_once;
   }
 
@@ -69,19 +66,19 @@ struct BatchCopier {
     const uint64_t stride = static_cast<uint64_t>(kTokensAtOnce * 2) * operands.x_stride;
 #pragma unroll
     for (int i = 0; i < kTokenRounds; ++i) {
-      if (kTokens % kTokensAtOnce != 0 && token() + i * kTokensAtOnce >= kTokens) continue;
-      copy_16_async(to + i * kTokensAtOnce * kStepBytes, x_from + i * stride, i < rounds);
+      if (Shape::kTokens % kTokensAtOnce != 0 && token() + i * kTokensAtOnce >= Shape::kTokens) continue;
+      copy_16_async(to + i * kTokensAtOnce * 128, x_from + i * stride, i < rounds);
     }
-    x_from += kStepBytes;
+    x_from += Shape::kCols * 2;
   }
 
   __device__ __forceinline__ void copy_codes(uint32_t to, int rounds) {
     if (w.bits == 4) {
       copy_code_rounds<kMaxCodeRounds / 2>(to, rounds, w.row_codes / 2);
-      codes_from += kStepCols / 2;
+      codes_from += Shape::kCols / 2;
     } else {
       copy_code_rounds<kMaxCodeRounds>(to, rounds, w.row_codes);
-      codes_from += kStepCols;
+      codes_from += Shape::kCols;
     }
   }
 
@@ -89,7 +86,7 @@ struct BatchCopier {
   __device__ __forceinline__ void copy_code_rounds(uint32_t to, int rounds, int64_t row_bytes) {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      copy_16_async_128(to + i * kThreads * 16, codes_from + i * (kBatchRows / kRounds) * row_bytes, i < rounds);
+      copy_16_async_128(to + i * Shape::kProducers * 16, codes_from + i * (kBatchRows / kRounds) * row_bytes, i < rounds);
     }
   }
 };
@@ -100,66 +97,64 @@ struct StoredNumbers {
   float scale_2;
 };
 
-// Scales and shifts as fp32: loaded a step before they are stored, two before they are read. A thread has one row.
-template <int kTokens, int kThreads>
+// Scales and shifts, split: loaded a step before they are stored. A thread has one row.
+template <typename T, typename Shape>
 struct BatchScaler {
-  static constexpr int kBlocksAtOnce = kThreads / kBatchRows;
-  static constexpr int kRounds = kMaxStepBlocks / kBlocksAtOnce;
+  static_assert(Shape::kProducers == kBatchRows, "a thread for each row");
   const Weight& w;
   const BatchOperands& operands;
+  int thread;
   StepCursor next;
   int end;
   float multiplier;  // what the table of code values was divided by
   float offset;
-  int first_block;   // in a step
-  int64_t row_block; // the row's first, or -1 where the tile has no such row
-  StoredNumbers numbers[kRounds];
+  int64_t row_block;  // the row's first, or -1 where the tile has no such row
+  StoredNumbers numbers[Shape::kMaxBlocks];
 
   __device__ __forceinline__ BatchScaler(const Weight& w_, const BatchOperands& operands_, int begin, int end_,
-                                         float multiplier_)
+                                         float multiplier_, int thread_)
       : w(w_),
         operands(operands_),
+        thread(thread_),
         next(begin, operands_.steps),
         end(end_),
         multiplier(multiplier_),
-        offset(w_.scale_2 == nullptr ? 0.0f : *w_.scale_offset),
-        first_block(threadIdx.x / kBatchRows) {
-    if (begin < end) enter_tile();
+        offset(w_.scale_2 == nullptr ? 0.0f : *w_.scale_offset) {
+    enter_tile();
+    load();
   }
 
-  // Asks for the numbers of the next step.
-  __device__ __forceinline__ void load() {
-    if (next.step >= end) return;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int block = first_block + i * kBlocksAtOnce;
-      if (block >> operands.log_blocks != 0) break;
-      const int col = next.in_tile * kStepCols + block * (kStepCols >> operands.log_blocks);
-      numbers[i] = {0, 0, 0.0f};
-      if (row_block >= 0 && col < w.cols) load_numbers(numbers[i], row_block + (w.block_shift < 0 ? 0 : col >> w.block_shift));
-    }
-  }
-
-  // Stores them into their stage, and moves on.
+  // Stores the numbers of the next step into its stage, and asks for those of the one after it.
   __device__ __forceinline__ void store(uint8_t* stage, const BatchStage& layout) {
-    if (next.step >= end) return;
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if ((first_block + i * kBlocksAtOnce) >> operands.log_blocks != 0) break;
-      const int entry = i * kThreads + threadIdx.x;
-      reinterpret_cast<float*>(stage + layout.scales)[entry] = scale_of_stored(numbers[i]) * multiplier;
+    for (int i = 0; i < Shape::kMaxBlocks; ++i) {
+      if (i >> operands.log_blocks != 0) break;
+      const int entry = i * kBatchRows + thread;
+      reinterpret_cast<uint2*>(stage + layout.scales)[entry] = split_number<T>(scale_of_stored(numbers[i]) * multiplier);
       if (w.shifts != nullptr) {
-        reinterpret_cast<float*>(stage + layout.shifts)[entry] = float_of_stored(numbers[i].shift);
+        reinterpret_cast<uint2*>(stage + layout.shifts)[entry] = split_number<T>(float_of_stored(numbers[i].shift));
       }
     }
     if (next.advance(operands.steps)) enter_tile();
+    if (next.step < end) load();
   }
 
  private:
   __device__ __forceinline__ void enter_tile() {
-    const BatchTile tile(w, operands, kTokens, next.tile);
-    const int row = threadIdx.x % kBatchRows;
-    row_block = row < tile.rows_left ? (tile.row + row) * w.blocks_per_row : -1;
+    const BatchTile tile(w, operands, Shape::kTokens, next.tile);
+    row_block = thread < tile.rows_left ? (tile.row + thread) * w.blocks_per_row : -1;
+  }
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < Shape::kMaxBlocks; ++i) {
+      if (i >> operands.log_blocks != 0) break;
+      const int col = next.in_tile * Shape::kCols + i * (Shape::kCols >> operands.log_blocks);
+      numbers[i] = {0, 0, 0.0f};
+      if (row_block >= 0 && col < w.cols) {
+        load_numbers(numbers[i], row_block + (w.block_shift < 0 ? 0 : col >> w.block_shift));
+      }
+    }
   }
 
   __device__ __forceinline__ uint32_t load_bits(const void* buffer, int64_t index) const {

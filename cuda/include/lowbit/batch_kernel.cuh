@@ -4,6 +4,7 @@
 #include "batch_decode.cuh"
 #include "batch_engine.cuh"
 #include "batch_feeder.cuh"
+#include "mbarrier.cuh"
 
 namespace lowbit {
 
@@ -19,98 +20,130 @@ struct BatchSums {
   }
 };
 
-template <typename T, int kTokens, int kThreads>
+template <typename T, typename Shape>
 struct Batch {
-  using Engine = BatchEngine<T, kTokens, kThreads>;
+  using Engine = BatchEngine<T, Shape>;
+  static constexpr int kTokens = Shape::kTokens, kConsumers = Shape::kConsumers;
   const Weight& w;
   const BatchOperands& operands;
   uint8_t* table;
-  uint8_t* ring;
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint8_t* stages;
+  // The shuffle tells the compiler that a warp has one value.
+  int warp = __shfl_sync(kWholeWarp, threadIdx.x / 32, 0);
+  int lane = threadIdx.x % 32;
   StepShare share;
   BatchStage layout;
-  Engine engine;
+  Ring ring;
 
   __device__ __forceinline__ Batch(const Weight& w_, const BatchOperands& operands_, uint8_t* memory)
       : w(w_),
         operands(operands_),
         table(memory),
-        ring(memory + kTableBytes),
+        stages(memory + kTableBytes),
         share{operands_.steps_each, operands_.steps_rest},
-        layout(w_, operands_, kTokens) {}
+        layout(BatchStage::of(w_, operands_, Shape{})),
+        ring{shared_address(memory) + kTableBytes + operands_.stages * layout.bytes, operands_.stages} {}
 
   __device__ __forceinline__ void run() {
+    if (blockDim.x != Shape::kThreads) __trap();
     const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
-    const uint32_t ring_bytes = operands.stages * layout.bytes;
-    BatchCopier<kTokens, kThreads> copier(w, operands, layout, begin, end);
-    // Places in the ring: what is filled, scaled and multiplied next.
-    uint32_t filled = 0, scaled = 0, place = 0;
-    for (int i = 0; i < operands.stages - 2; ++i) {
-      copier.copy_step(shared_address(ring) + filled);
-      filled += layout.bytes;
+    if (threadIdx.x < ring.stages) {
+      init_barrier(ring.full(threadIdx.x), Shape::kProducers);
+      init_barrier(ring.free(threadIdx.x), kConsumers / 32);
     }
-    const float multiplier = write_batch_table(w, table, warp, kThreads / 32, lane);
-    BatchScaler<kTokens, kThreads> scaler(w, operands, begin, end, multiplier);
-    for (int i = 0; i < 2; ++i) {
-      scaler.load();
-      scaler.store(ring + scaled, layout);
-      scaled += layout.bytes;
+    const float multiplier = write_batch_table<T>(w, table, warp, Shape::kThreads / 32, lane);
+    __syncthreads();
+    if (begin == end) return;
+    if (warp >= kConsumers / 32) {
+      leave_registers<Shape>();
+      produce(begin, end, multiplier);
+    } else {
+      take_registers<Shape>();
+      consume(begin, end);
     }
-    const BatchDecoder decoder(w, operands, layout, table, lane);
+  }
+
+ private:
+  __device__ __forceinline__ void produce(int begin, int end, float multiplier) {
+    const int thread = threadIdx.x - kConsumers;
+    BatchCopier<Shape> copier(w, operands, layout, begin, thread);
+    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    // Copies of half a ring are under way before the oldest is waited for. Whoever wrote what wgmma reads has to publish it
+    // after it has arrived: consumers cannot.
+    const int ahead = ring.stages / 2;
+    RingPlace place, published;
+#pragma unroll 1
+    for (int step = begin; step < end + ahead; ++step) {
+      if (step < end) {
+        wait_for_phase(ring.free(place.stage), place.parity ^ 1);
+        uint8_t* stage = stages + place.stage * layout.bytes;
+        copier.copy_step(shared_address(stage));
+        scaler.store(stage, layout);
+        place.advance(ring.stages);
+      }
+      commit_copies();
+      if (step - begin < ahead) continue;
+      wait_for_all_but(ahead);
+      publish_to_products();
+      arrive(ring.full(published.stage));
+      published.advance(ring.stages);
+    }
+  }
+
+  // Until at most `pending` of the latest groups of copies are under way.
+  static __device__ __forceinline__ void wait_for_all_but(int pending) {
+    switch (pending) {
+      case 2: wait_for_copies<2>(); break;
+      case 3: wait_for_copies<3>(); break;
+      case 4: wait_for_copies<4>(); break;
+      default: wait_for_copies<1>(); break;
+    }
+  }
+
+  __device__ __forceinline__ void consume(int begin, int end) {
+    const BatchDecoder<Shape> decoder(w, operands, layout, table, lane);
+    Engine engine;
+    RingPlace place;
+    int last = -1;  // the stage whose products may still be under way
     for (int step = begin; step < end;) {
       const int tile = step / operands.steps, tile_end = min((tile + 1) * operands.steps, end);
       engine.clear();
 #pragma unroll 1
       for (; step < tile_end; ++step) {
-        wait_for_stage();
-        copier.copy_step(shared_address(ring) + filled);
-        scaler.load();
-        multiply(decoder, place);
-        scaler.store(ring + scaled, layout);
-        advance(place, ring_bytes), advance(filled, ring_bytes), advance(scaled, ring_bytes);
+        wait_for_phase(ring.full(place.stage), place.parity);
+        multiply(engine, decoder, stages + place.stage * layout.bytes);
+        __syncwarp();
+        if (lane == 0 && last >= 0) arrive(ring.free(last));
+        last = place.stage;
+        place.advance(ring.stages);
       }
       engine.finish();
-      finish_tile(tile);
+      finish_tile(engine, tile);
     }
   }
 
- private:
-  __device__ __forceinline__ void advance(uint32_t& place, uint32_t ring_bytes) const {
-    place += layout.bytes;
-    if (place == ring_bytes) place = 0;
-  }
+  // Among the threads that multiply.
+  __device__ __forceinline__ void sync_consumers() const { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
-  // A barrier: the copies of a step are there, and all warps are done with the step before the one before.
-  __device__ __forceinline__ void wait_for_stage() {
-    switch (operands.stages) {
-      case 4: wait_for_copies<1>(); break;
-      case 6: wait_for_copies<3>(); break;
-      case 8: wait_for_copies<5>(); break;
-      default: wait_for_copies<0>(); break;
-    }
-    publish_to_products();
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void multiply(const BatchDecoder& decoder, uint32_t place) {
+  __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<Shape>& decoder, const uint8_t* stage) {
     const int first = Engine::slice(warp) * Engine::kSixteenths;
     uint32_t a[Engine::kRowTiles][Engine::kSixteenths][4];
 #pragma unroll
-    for (int i = 0; i < Engine::kRowTiles; ++i) decoder.decode<T>(a[i], ring + place, Engine::row(warp, i), first);
-    engine.multiply(a, shared_address(ring) + place, first);
+    for (int i = 0; i < Engine::kRowTiles; ++i) decoder.template decode<T>(a[i], stage, Engine::row(warp, i), first);
+    engine.multiply(a, shared_address(stage), first);
   }
 
   // Writes a tile, or what this CTA has of it.
-  __device__ __forceinline__ void finish_tile(int index) {
+  __device__ __forceinline__ void finish_tile(const Engine& engine, int index) {
     const BatchTile tile(w, operands, kTokens, index);
     const int first = share.owner(index * operands.steps), last = share.owner((index + 1) * operands.steps - 1);
     float* partial = first == last ? nullptr : partial_of(blockIdx.x, index);
 #pragma unroll
     for (int token = 0; token < kTokens; token += BatchSums::kTokens) {
       if (token >= tile.tokens_left) break;
-      collect(token);
+      collect(engine, token);
       const int tokens = min(min(kTokens, tile.tokens_left) - token, BatchSums::kTokens);
-      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kThreads) {
+      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kConsumers) {
         const int of = i / (kBatchRows / 4), row = i % (kBatchRows / 4) * 4;
         const float4 sums = *reinterpret_cast<const float4*>(BatchSums{table}.at(of, row));
         if (partial == nullptr) write(tile, token + of, row, sums);
@@ -126,12 +159,12 @@ struct Batch {
   }
 
   // The sums of all warps for up to 64 tokens from `token` on, in shared memory, slice after slice of the in-features.
-  __device__ __forceinline__ void collect(int token) {
+  __device__ __forceinline__ void collect(const Engine& engine, int token) {
     const BatchSums sums{table};
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int slice = 0; slice < Engine::kSlices; ++slice) {
-      __syncthreads();
+      sync_consumers();
       if (Engine::slice(warp) != slice) continue;
 #pragma unroll
       for (int i = 0; i < Engine::kRowTiles; ++i) {
@@ -148,31 +181,59 @@ struct Batch {
         }
       }
     }
-    __syncthreads();
+    sync_consumers();
   }
 
   // Whether the other parts of a tile have been written; then they are visible.
   __device__ __forceinline__ bool is_last_to_arrive(int index, int parts) const {
     __threadfence();
-    __syncthreads();
+    sync_consumers();
     // Wraps around to 0 by itself.
-    const bool is_last =
-        threadIdx.x == 0 && atomicInc(operands.arrivals + index, parts - 1) == static_cast<uint32_t>(parts - 1);
-    const bool all = __syncthreads_or(is_last);
-    if (all) __threadfence();
-    return all;
+    uint32_t arrived = 0;
+    if (lane == 0 && warp == 0) arrived = atomicInc(operands.arrivals + index, parts - 1);
+    const bool is_last = any_consumer(arrived == static_cast<uint32_t>(parts - 1));
+    if (is_last) __threadfence();
+    return is_last;
+  }
+
+  __device__ __forceinline__ bool any_consumer(bool value) const {
+    uint32_t result;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+        : "=r"(result)
+        : "r"(static_cast<uint32_t>(value)), "n"(kConsumers)
+        : "memory");
+    return result != 0;
   }
 
   __device__ __forceinline__ void add_partials(const BatchTile& tile, int index, int first, int last) const {
-    const int tokens = min(kTokens, tile.tokens_left);
-    for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kThreads) {
-      float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    const int count = min(kTokens, tile.tokens_left) * (kBatchRows / 4);
+    // Several at once, for their loads to be under way together.
+    constexpr int kAtOnce = 4;
+    for (int begin = threadIdx.x; begin < count; begin += kAtOnce * kConsumers) {
+      float4 sums[kAtOnce] = {};
       for (int cta = first; cta <= last; ++cta) {
-        const float4 part = __ldcg(reinterpret_cast<const float4*>(partial_of(cta, index)) + i);
-        sums.x += part.x, sums.y += part.y, sums.z += part.z, sums.w += part.w;
+        const float4* from = reinterpret_cast<const float4*>(partial_of(cta, index));
+        float4 parts[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) parts[j] = __ldcg(from + min(begin + j * kConsumers, count - 1));
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          sums[j].x += parts[j].x, sums[j].y += parts[j].y, sums[j].z += parts[j].z, sums[j].w += parts[j].w;
+        }
       }
-      write(tile, i / (kBatchRows / 4), i % (kBatchRows / 4) * 4, sums);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * kConsumers;
+        if (i < count) write(tile, i / (kBatchRows / 4), i % (kBatchRows / 4) * 4, sums[j]);
+      }
     }
+  }
+
+  // Two results as they lie in memory.
+  template <typename U>
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return bits_of<U>(low) | bits_of<U>(high) << 16;
   }
 
   // Four rows of a token, with the bias.
@@ -184,7 +245,7 @@ struct Batch {
       for (int i = 0; i < count; ++i) values[i] += load(operands.bias, operands.bias_dtype, tile.row + row + i);
     }
     if (count == 4 && w.rows % 4 == 0) {
-      const uint2 packed = {pack_pair(values[0], values[1], T{}), pack_pair(values[2], values[3], T{})};
+      const uint2 packed = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3])};
       *reinterpret_cast<uint2*>(out) = packed;
       return;
     }
@@ -193,3 +254,12 @@ struct Batch {
 };
 
 }  // namespace lowbit
+
+// An entry for a type of activations, tokens of a tile and panels of a step.
+#define LOWBIT_BATCH(type, tokens, panels)                                                                  \
+  extern "C" __global__ void                                                                                   \
+      __launch_bounds__(lowbit::BatchShape<tokens, panels>::kThreads, 1) linear_batch_##type##_##tokens(    \
+      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands) {   \
+    extern __shared__ __align__(1024) uint8_t memory[];                                                     \
+    lowbit::Batch<lowbit::type, lowbit::BatchShape<tokens, panels>>(w, operands, memory).run();             \
+  }

@@ -8,15 +8,32 @@
 
 #include "dtype.cuh"
 #include "weight.cuh"
+#include "wgmma.cuh"
 
 namespace lowbit {
 
-// Rows of a tile, and in-features of a step: 128 bytes of a token.
+// Rows of a tile.
 constexpr int kBatchRows = 128;
-constexpr int kStepCols = 64;
-constexpr int kStepChunks = kStepCols * 2 / 16;
-// Blocks of at least 16 weights: at most 4 of a row in a step.
-constexpr int kMaxStepBlocks = 4;
+
+// The sizes of a kernel: tokens of a tile, and steps of one or two panels of 64 in-features, 128 bytes of a token.
+template <int kTokens_, int kPanels_>
+struct BatchShape {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kPanels = kPanels_;
+  // Four warps fill the ring. With wgmma sixteen multiply where their registers suffice: they wait in turns.
+  static constexpr int kProducers = 128;
+#if defined(LOWBIT_HAS_WGMMA)
+  static constexpr int kConsumers = kTokens <= 96 ? 512 : 256;
+#else
+  static constexpr int kConsumers = 256;
+#endif
+  static constexpr int kThreads = kProducers + kConsumers;
+  static constexpr int kPanelBytes = 128 * kTokens;
+  static constexpr int kCols = 64 * kPanels;  // of a step
+  static constexpr int kChunks = kCols / 8;   // of 16 bytes, of a token
+  static constexpr int kSixteenths = kCols / 16;
+  static constexpr int kMaxBlocks = kCols / 16;  // of a row in a step
+};
 
 // One call, mirrored by the host.
 struct BatchOperands {
@@ -55,10 +72,10 @@ struct BatchTile {
   int row, rows_left;
   int token, tokens_left;
 
-  __device__ __forceinline__ BatchTile(const Weight& w, const BatchOperands& operands, int kTokens, int index) {
+  __device__ __forceinline__ BatchTile(const Weight& w, const BatchOperands& operands, int tile_tokens, int index) {
     const int row_tile = index / operands.token_tiles;
     row = row_tile * kBatchRows;
-    token = (index - row_tile * operands.token_tiles) * kTokens;
+    token = (index - row_tile * operands.token_tiles) * tile_tokens;
     rows_left = static_cast<int>(w.rows) - row;
     tokens_left = operands.tokens - token;
   }
@@ -81,17 +98,24 @@ struct StepCursor {
   }
 };
 
-// A stage of the ring: activations [kTokens][128 bytes], codes [128 rows][32 or 64 bytes], then scales in fp32
-// [blocks][128 rows] and, where there are any, shifts likewise. Chunks of 16 bytes of activations change places as the
-// tensor cores want them ("128-byte swizzle"): stages begin where 1024 bytes do.
+// A stage of the ring: activations [panel][kTokens][128 bytes], codes [128 rows][32 or 64 bytes a panel], then scales
+// [blocks][128 rows][8 bytes] and, where there are any, shifts likewise. Chunks of 16 bytes of a token's panel change places
+// as the tensor cores want them ("128-byte swizzle"): stages begin where 1024 bytes do.
 struct BatchStage {
   uint32_t codes, scales, shifts, bytes;
 
-  __device__ __forceinline__ BatchStage(const Weight& w, const BatchOperands& operands, int kTokens)
-      : codes(kTokens * kStepCols * 2),
-        scales(codes + kBatchRows * kStepCols / 8 * w.bits),
-        shifts(scales + (kBatchRows * 4 << operands.log_blocks)),
-        bytes(((w.shifts == nullptr ? shifts : shifts + (shifts - scales)) + 1023) & ~1023u) {}
+  template <typename Shape>
+  static __device__ __forceinline__ BatchStage of(const Weight& w, const BatchOperands& operands, Shape) {
+    const uint32_t codes = Shape::kPanels * Shape::kPanelBytes, scales = codes + kBatchRows * Shape::kCols / 8 * w.bits;
+    const uint32_t numbers = kBatchRows * 8 << operands.log_blocks;
+    const uint32_t end = scales + (w.shifts == nullptr ? numbers : 2 * numbers);
+    return {codes, scales, scales + numbers, (end + 1023) & ~1023u};
+  }
 };
+
+// The place of a chunk of 16 bytes of codes in its row of 2, 4 or 8 chunks: chunks of 8 rows meet no bank twice.
+__device__ __forceinline__ int code_place(int row, int chunk, int chunks) {
+  return chunk ^ (chunks == 2 ? row >> 2 & 1 : chunks == 4 ? row >> 1 & 3 : row & 7);
+}
 
 }  // namespace lowbit

@@ -29,10 +29,12 @@ __device__ __forceinline__ void keep_in_registers(float (&d)[4]) {
   asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
 }
 
-// Operand B: rows of 128 bytes in groups of 8, their chunks swizzled, in-features side by side.
-__device__ __forceinline__ uint64_t describe_operand(uint32_t address) {
-  constexpr uint64_t kGroupOf8 = 1024 >> 4, kSwizzle128 = 1;
-  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kGroupOf8 << 32 | kSwizzle128 << 62;
+// Operand B: rows of 128 bytes in groups of 8, their chunks swizzled, in-features side by side. The lower word has the
+// address in units of 16 bytes, and may be counted up; the upper one is always the same.
+__device__ __forceinline__ uint32_t describe_operand(uint32_t address) { return address >> 4 | 1 << 16; }
+__device__ __forceinline__ uint64_t whole_descriptor(uint32_t lower) {
+  constexpr uint32_t kGroupOf8 = 1024 >> 4, kSwizzle128 = 1u << 30;
+  return static_cast<uint64_t>(kGroupOf8 | kSwizzle128) << 32 | lower;
 }
 
 // d += a b, of kTokens columns: a warp's rows are 16, and lanes hold of a and d what they do in `multiply_tile`.
@@ -86,12 +88,12 @@ LOWBIT_MULTIPLY_128(float16, "f16")
 #undef LOWBIT_MULTIPLY_128
 #undef LOWBIT_FOUR
 
-// The tokens of a tile by the largest products that they are made of.
+// The tokens of a tile by the largest products that they are made of; `x` describes the first.
 template <typename T, int kTokens>
 __device__ __forceinline__ void multiply_tokens(float (*d)[4], const uint32_t (&a)[4], uint32_t x) {
   constexpr int kFirst = kTokens >= 128 ? 128 : kTokens >= 64 ? 64 : 32;
-  multiply_group<T, kFirst>(d, a, describe_operand(x));
-  if constexpr (kTokens > kFirst) multiply_tokens<T, kTokens - kFirst>(d + kFirst / 8, a, x + kFirst * 128);
+  multiply_group<T, kFirst>(d, a, whole_descriptor(x));
+  if constexpr (kTokens > kFirst) multiply_tokens<T, kTokens - kFirst>(d + kFirst / 8, a, x + kFirst * 128 / 16);
 }
 
 }  // namespace lowbit
