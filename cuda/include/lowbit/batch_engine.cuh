@@ -19,7 +19,7 @@ __device__ __forceinline__ void leave_registers() {
 }
 template <typename Shape>
 __device__ __forceinline__ void take_registers() {
-  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
   else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 }
 
@@ -42,26 +42,20 @@ struct BatchEngine {
     }
   }
 
-  // Waits for the products of the step before, whose operands may now be overwritten, and starts those of this one.
+  // Other warps decode while this one waits: registers of products that are under way must not be written, and the
+  // compiler does not see to it.
   __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first) {
-    wait_for_products<0>();
-    uint32_t now[kSixteenths][4];
-#pragma unroll
-    for (int j = 0; j < kSixteenths; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) asm volatile("mov.b32 %0, %1;" : "=r"(now[j][i]) : "r"(a[0][j][i]));
-    }
     const uint32_t described = describe_operand(x + first / 4 * Shape::kPanelBytes + first % 4 * 32);
     begin_products();
 #pragma unroll
     for (int j = 0; j < kSixteenths; ++j) {
-      multiply_tokens<T, kTokens>(d[0], now[j], described + (j / 4 * Shape::kPanelBytes + j % 4 * 32) / 16);
+      multiply_tokens<T, kTokens>(d[0], a[0][j], described + (j / 4 * Shape::kPanelBytes + j % 4 * 32) / 16);
     }
     end_products();
+    wait_for_products<0>();
   }
 
   __device__ __forceinline__ void finish() {
-    wait_for_products<0>();
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) keep_in_registers(d[0][n]);
   }

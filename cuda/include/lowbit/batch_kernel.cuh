@@ -104,7 +104,6 @@ struct Batch {
     const BatchDecoder<Shape> decoder(w, operands, layout, table, lane);
     Engine engine;
     RingPlace place;
-    int last = -1;  // the stage whose products may still be under way
     for (int step = begin; step < end;) {
       const int tile = step / operands.steps, tile_end = min((tile + 1) * operands.steps, end);
       engine.clear();
@@ -113,8 +112,7 @@ struct Batch {
         wait_for_phase(ring.full(place.stage), place.parity);
         multiply(engine, decoder, stages + place.stage * layout.bytes);
         __syncwarp();
-        if (lane == 0 && last >= 0) arrive(ring.free(last));
-        last = place.stage;
+        if (lane == 0) arrive(ring.free(place.stage));
         place.advance(ring.stages);
       }
       engine.finish();

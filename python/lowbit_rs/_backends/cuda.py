@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit_rs import _native
+from lowbit_rs._backends._counters import counters
 from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
@@ -134,15 +135,25 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
         raise unsupported(f'activation="{activation}" on CUDA', 'no kernel here rounds activations; take "none"')
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
+    values = floats(x)
+    sizes = None
     if tokens > CUDA_MAX_TOKENS:
-        _linear_in_parts(weight, x.reshape(tokens, weight.cols), bias, out.view(tokens, weight.rows))
-        return out
+        sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
+        if sizes is None:
+            _linear_in_parts(weight, x.reshape(tokens, weight.cols), bias, out.view(tokens, weight.rows))
+            return out
     addend = None
     if bias is not None:
         bias = rows_of(bias)[0]
         addend = floats(bias)
-    values = floats(x)
     result = (out.data_ptr(), tokens * weight.rows, values[2])
+    if sizes is not None:
+        partials = x.new_empty(sizes[0], dtype=torch.float32)
+        arrivals = counters(x.device, sizes[1])
+        parts = (partials.data_ptr(), sizes[0]), (arrivals.data_ptr(), sizes[1])
+        stream = _stream(weight.device)
+        _native.cuda_linear_batch(weight, values, tokens, row_stride, addend, result, *parts, stream)
+        return out
     _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), _MAY_OVERLAP)
     return out
 
