@@ -205,9 +205,9 @@ Launch plan(const Data& d, const Kernel& kernel, const Format& f, const Shape& s
 
 void launch(const Launch& l, const Weight& w, cudaStream_t stream) {
 #if defined(LOWBIT_MMA_SYNC)
-  const int threads = 384;
+  const int threads = 512;
 #else
-  const int threads = l.kernel.tokens <= 96 ? 640 : 384;
+  const int threads = l.kernel.tokens <= 96 ? 768 : 512;
 #endif
   CHECK(cudaFuncSetAttribute(l.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared));
   l.kernel.function<<<l.grid, threads, l.shared, stream>>>(w, l.operands);

@@ -14,13 +14,12 @@ namespace lowbit {
 // Consumers need more registers than a thread has where all have the same number: producers leave them theirs.
 template <typename Shape>
 __device__ __forceinline__ void leave_registers() {
-  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-  else asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 }
 template <typename Shape>
 __device__ __forceinline__ void take_registers() {
-  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-  else asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  if constexpr (Shape::kConsumers == 512) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+  else asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
 }
 
 template <typename T, typename Shape>
@@ -29,6 +28,7 @@ struct BatchEngine {
   static constexpr int kSlices = Shape::kConsumers / 256;  // of the in-features of a step, 8 warps each
   static constexpr int kRowTiles = 1;
   static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
+  static constexpr int kChunk = kSixteenths;  // 16 in-features each, that are decoded together
   float d[kRowTiles][kTokens / 8][4];
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 8; }
@@ -44,7 +44,7 @@ struct BatchEngine {
 
   // Other warps decode while this one waits: registers of products that are under way must not be written, and the
   // compiler does not see to it.
-  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first) {
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t x, int first) {
     const uint32_t described = describe_operand(x + first / 4 * Shape::kPanelBytes + first % 4 * 32);
     begin_products();
 #pragma unroll
@@ -74,6 +74,7 @@ struct BatchEngine {
   static constexpr int kSlices = 2;  // of the in-features of a step, 4 warps each
   static constexpr int kRowTiles = 2;
   static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
+  static constexpr int kChunk = 2;  // 16 in-features each, that are decoded together
   float d[kRowTiles][kTokens / 8][4];
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 4; }
@@ -89,15 +90,15 @@ struct BatchEngine {
 
   // 16 tokens at once: lane l gives the address of a row of matrix l / 8, which are tokens 0..7 and 8..15, each with
   // its lower and its upper 8 in-features.
-  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first) {
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t x, int first) {
 #pragma unroll
-    for (int j = 0; j < kSixteenths; ++j) multiply_sixteenth(a, x, first, j);
+    for (int j = 0; j < kChunk; ++j) multiply_sixteenth(a, x, first, j);
   }
 
   __device__ __forceinline__ void finish() {}
 
  private:
-  __device__ __forceinline__ void multiply_sixteenth(const uint32_t (&a)[kRowTiles][kSixteenths][4], uint32_t x, int first,
+  __device__ __forceinline__ void multiply_sixteenth(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t x, int first,
                                                      int j) {
     const int lane = threadIdx.x % 32, token = lane / 16 * 8 + lane % 8, chunk = (first + j) % 4 * 2 + lane / 8 % 2;
     const uint32_t from = x + (first + j) / 4 * Shape::kPanelBytes + token * 128 + (chunk ^ token % 8) * 16;

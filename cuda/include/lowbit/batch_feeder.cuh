@@ -1,4 +1,4 @@
-// The way of activations, codes, scales and shifts into the ring of linear_batch: what its producers do.
+// The way of activations, codes, scales and shifts into the ring of linear_batch: what its producers do: copiers and scalers.
 #pragma once
 
 #include "batch_decode.cuh"
@@ -12,9 +12,9 @@ namespace lowbit {
 // time, until a tile ends.
 template <typename Shape>
 struct BatchCopier {
-  static constexpr int kTokensAtOnce = Shape::kProducers / Shape::kChunks;
+  static constexpr int kTokensAtOnce = Shape::kCopiers / Shape::kChunks;
   static constexpr int kTokenRounds = (Shape::kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
-  static constexpr int kMaxCodeRounds = kBatchRows * Shape::kCols / 16 / Shape::kProducers;
+  static constexpr int kMaxCodeRounds = kBatchRows * Shape::kCols / 16 / Shape::kCopiers;
   const Weight& w;
   const BatchOperands& operands;
   int thread;
@@ -58,7 +58,7 @@ struct BatchCopier {
     x_rounds = (tile.tokens_left - token() + kTokensAtOnce - 1) / kTokensAtOnce;
     codes_from = w.codes + (static_cast<uint64_t>(tile.row + code_row()) * w.row_codes + next.in_tile * Shape::kCols +
                             codes_column) * w.bits / 8;
-    const int rows_at_once = Shape::kProducers / code_chunks();
+    const int rows_at_once = Shape::kCopiers / code_chunks();
     code_rounds = (tile.rows_left - code_row() + rows_at_once - 1) / rows_at_once;
   }
 
@@ -86,7 +86,7 @@ struct BatchCopier {
   __device__ __forceinline__ void copy_code_rounds(uint32_t to, int rounds, int64_t row_bytes) {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      copy_16_async_128(to + i * Shape::kProducers * 16, codes_from + i * (kBatchRows / kRounds) * row_bytes, i < rounds);
+      copy_16_async_128(to + i * Shape::kCopiers * 16, codes_from + i * (kBatchRows / kRounds) * row_bytes, i < rounds);
     }
   }
 };
@@ -100,7 +100,7 @@ struct StoredNumbers {
 // Scales and shifts, split: loaded a step before they are stored. A thread has one row.
 template <typename T, typename Shape>
 struct BatchScaler {
-  static_assert(Shape::kProducers == kBatchRows, "a thread for each row");
+  static_assert(Shape::kScalers == kBatchRows, "a thread for each row");
   const Weight& w;
   const BatchOperands& operands;
   int thread;
@@ -109,7 +109,9 @@ struct BatchScaler {
   float multiplier;  // what the table of code values was divided by
   float offset;
   int64_t row_block;  // the row's first, or -1 where the tile has no such row
-  StoredNumbers numbers[Shape::kMaxBlocks];
+  // Of the first blocks of a step; small blocks have more, which are loaded when they are stored.
+  static constexpr int kLoaded = Shape::kPanels;
+  StoredNumbers numbers[kLoaded];
 
   __device__ __forceinline__ BatchScaler(const Weight& w_, const BatchOperands& operands_, int begin, int end_,
                                          float multiplier_, int thread_)
@@ -127,13 +129,14 @@ struct BatchScaler {
   // Stores the numbers of the next step into its stage, and asks for those of the one after it.
   __device__ __forceinline__ void store(uint8_t* stage, const BatchStage& layout) {
 #pragma unroll
-    for (int i = 0; i < Shape::kMaxBlocks; ++i) {
-      if (i >> operands.log_blocks != 0) break;
-      const int entry = i * kBatchRows + thread;
-      reinterpret_cast<uint2*>(stage + layout.scales)[entry] = split_number<T>(scale_of_stored(numbers[i]) * multiplier);
-      if (w.shifts != nullptr) {
-        reinterpret_cast<uint2*>(stage + layout.shifts)[entry] = split_number<T>(float_of_stored(numbers[i].shift));
-      }
+    for (int i = 0; i < kLoaded; ++i) {
+      if (i >> operands.log_blocks == 0) store_numbers(stage, layout, i, numbers[i]);
+    }
+#pragma unroll 1
+    for (int i = kLoaded; i >> operands.log_blocks == 0; ++i) {
+      StoredNumbers more;
+      load_block(more, i);
+      store_numbers(stage, layout, i, more);
     }
     if (next.advance(operands.steps)) enter_tile();
     if (next.step < end) load();
@@ -147,13 +150,26 @@ struct BatchScaler {
 
   __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int i = 0; i < Shape::kMaxBlocks; ++i) {
-      if (i >> operands.log_blocks != 0) break;
-      const int col = next.in_tile * Shape::kCols + i * (Shape::kCols >> operands.log_blocks);
-      numbers[i] = {0, 0, 0.0f};
-      if (row_block >= 0 && col < w.cols) {
-        load_numbers(numbers[i], row_block + (w.block_shift < 0 ? 0 : col >> w.block_shift));
-      }
+    for (int i = 0; i < kLoaded; ++i) {
+      if (i >> operands.log_blocks == 0) load_block(numbers[i], i);
+    }
+  }
+
+  // The numbers of block `i` of the next step; 0 past the end of the weight.
+  __device__ __forceinline__ void load_block(StoredNumbers& number, int i) const {
+    const int col = next.in_tile * Shape::kCols + i * (Shape::kCols >> operands.log_blocks);
+    number = {0, 0, 0.0f};
+    if (row_block >= 0 && col < w.cols) {
+      load_numbers(number, row_block + (w.block_shift < 0 ? 0 : col >> w.block_shift));
+    }
+  }
+
+  __device__ __forceinline__ void store_numbers(uint8_t* stage, const BatchStage& layout, int i,
+                                                const StoredNumbers& number) const {
+    const int entry = i * kBatchRows + thread;
+    reinterpret_cast<uint2*>(stage + layout.scales)[entry] = split_number<T>(scale_of_stored(number) * multiplier);
+    if (w.shifts != nullptr) {
+      reinterpret_cast<uint2*>(stage + layout.shifts)[entry] = split_number<T>(float_of_stored(number.shift));
     }
   }
 

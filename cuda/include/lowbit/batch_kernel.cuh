@@ -48,37 +48,35 @@ struct Batch {
     if (blockDim.x != Shape::kThreads) __trap();
     const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
     if (threadIdx.x < ring.stages) {
-      init_barrier(ring.full(threadIdx.x), Shape::kProducers);
+      init_barrier(ring.full(threadIdx.x), Shape::kCopiers + Shape::kScalers);
       init_barrier(ring.free(threadIdx.x), kConsumers / 32);
     }
     const float multiplier = write_batch_table<T>(w, table, warp, Shape::kThreads / 32, lane);
     __syncthreads();
     if (begin == end) return;
-    if (warp >= kConsumers / 32) {
-      leave_registers<Shape>();
-      produce(begin, end, multiplier);
-    } else {
+    if (warp < kConsumers / 32) {
       take_registers<Shape>();
       consume(begin, end);
+    } else {
+      leave_registers<Shape>();
+      const int thread = threadIdx.x - kConsumers;
+      if (thread < Shape::kCopiers) copy(begin, end, thread);
+      else scale(begin, end, thread - Shape::kCopiers, multiplier);
     }
   }
 
  private:
-  __device__ __forceinline__ void produce(int begin, int end, float multiplier) {
-    const int thread = threadIdx.x - kConsumers;
+  // Copies of half a ring are under way before the oldest is waited for. Whoever wrote what wgmma reads has to publish it
+  // after it has arrived: consumers cannot.
+  __device__ __forceinline__ void copy(int begin, int end, int thread) {
     BatchCopier<Shape> copier(w, operands, layout, begin, thread);
-    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
-    // Copies of half a ring are under way before the oldest is waited for. Whoever wrote what wgmma reads has to publish it
-    // after it has arrived: consumers cannot.
     const int ahead = ring.stages / 2;
     RingPlace place, published;
 #pragma unroll 1
     for (int step = begin; step < end + ahead; ++step) {
       if (step < end) {
         wait_for_phase(ring.free(place.stage), place.parity ^ 1);
-        uint8_t* stage = stages + place.stage * layout.bytes;
-        copier.copy_step(shared_address(stage));
-        scaler.store(stage, layout);
+        copier.copy_step(shared_address(stages) + place.stage * layout.bytes);
         place.advance(ring.stages);
       }
       commit_copies();
@@ -87,6 +85,18 @@ struct Batch {
       publish_to_products();
       arrive(ring.full(published.stage));
       published.advance(ring.stages);
+    }
+  }
+
+  __device__ __forceinline__ void scale(int begin, int end, int thread, float multiplier) {
+    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    RingPlace place;
+#pragma unroll 1
+    for (int step = begin; step < end; ++step) {
+      wait_for_phase(ring.free(place.stage), place.parity ^ 1);
+      scaler.store(stages + place.stage * layout.bytes, layout);
+      arrive(ring.full(place.stage));
+      place.advance(ring.stages);
     }
   }
 
@@ -124,11 +134,14 @@ struct Batch {
   __device__ __forceinline__ void sync_consumers() const { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
   __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<Shape>& decoder, const uint8_t* stage) {
-    const int first = Engine::slice(warp) * Engine::kSixteenths;
-    uint32_t a[Engine::kRowTiles][Engine::kSixteenths][4];
+    const int slice = Engine::slice(warp) * Engine::kSixteenths;
 #pragma unroll
-    for (int i = 0; i < Engine::kRowTiles; ++i) decoder.template decode<T>(a[i], stage, Engine::row(warp, i), first);
-    engine.multiply(a, shared_address(stage), first);
+    for (int first = slice; first < slice + Engine::kSixteenths; first += Engine::kChunk) {
+      uint32_t a[Engine::kRowTiles][Engine::kChunk][4];
+#pragma unroll
+      for (int i = 0; i < Engine::kRowTiles; ++i) decoder.template decode<T>(a[i], stage, Engine::row(warp, i), first);
+      engine.multiply(a, shared_address(stage), first);
+    }
   }
 
   // Writes a tile, or what this CTA has of it.

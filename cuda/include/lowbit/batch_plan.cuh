@@ -20,14 +20,16 @@ template <int kTokens_, int kPanels_>
 struct BatchShape {
   static constexpr int kTokens = kTokens_;
   static constexpr int kPanels = kPanels_;
-  // Four warps fill the ring. With wgmma sixteen multiply where their registers suffice: they wait in turns.
-  static constexpr int kProducers = 128;
+  // Four warps copy activations and codes, four bring scales. With wgmma sixteen multiply where their registers suffice:
+  // they wait in turns.
+  static constexpr int kCopiers = 128;
+  static constexpr int kScalers = 128;
 #if defined(LOWBIT_HAS_WGMMA)
   static constexpr int kConsumers = kTokens <= 96 ? 512 : 256;
 #else
   static constexpr int kConsumers = 256;
 #endif
-  static constexpr int kThreads = kProducers + kConsumers;
+  static constexpr int kThreads = kConsumers + kCopiers + kScalers;
   static constexpr int kPanelBytes = 128 * kTokens;
   static constexpr int kCols = 64 * kPanels;  // of a step
   static constexpr int kChunks = kCols / 8;   // of 16 bytes, of a token
