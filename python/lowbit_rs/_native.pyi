@@ -171,7 +171,9 @@ def cuda_linear(
     stream: int,
     may_overlap: bool,
 ) -> None: ...
-def cuda_batch_sizes(weight: CudaWeight, x: _Floats, tokens: int, x_row_stride: int) -> tuple[int, int] | None: ...
+def cuda_batch_sizes(
+    weight: CudaWeight, x: _Floats, tokens: int, x_row_stride: int, even_if_slower: bool = False
+) -> tuple[int, int] | None: ...
 def cuda_linear_batch(
     weight: CudaWeight,
     x: _Floats,

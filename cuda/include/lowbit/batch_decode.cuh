@@ -48,22 +48,22 @@ constexpr float kInt8Divisor = 1.0f;
 template <>
 constexpr float kInt8Divisor<float16> = 128.0f;
 
-// Writes the table of code values, divided by a power of two so that the largest is at least 1 and below 2: fp16 has its
-// full precision there. Returns the power.
-template <typename T>
-__device__ __forceinline__ float write_batch_table(const Weight& w, uint8_t* table, int warp, int warps, int lane) {
-  if (w.bits == 8) return kInt8Divisor<T>;
-  const int code = lane % kCodebookLength;
-  const float value = w.codebook == nullptr ? w.table[code] : code < w.codebook_length ? w.codebook[code] : 0.0f;
-  float largest = fabsf(value);
+// Of a code, `lane` % 16, its value; and what the table is divided by: a power of two that makes the largest at least 1 and
+// less than 2, where fp16 has its full precision. Powers that fp32 has, and their inverses; a table of zeros stays one.
+struct BatchCodebook {
+  float value, divisor, inverse;
+
+  __device__ __forceinline__ BatchCodebook(const Weight& w, int lane) {
+    const int code = lane % kCodebookLength;
+    value = w.codebook == nullptr ? w.table[code] : code < w.codebook_length ? w.codebook[code] : 0.0f;
+    float largest = fabsf(value);
 #pragma unroll
-  for (int i = 1; i < kCodebookLength; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, i));
-  // A power that fp32 has, and its inverse; a table of zeros stays one.
-  const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
-  const float divisor = __uint_as_float(exponent << 23), inverse = __uint_as_float((254 - exponent) << 23);
-  write_pair_table<T>(table, value * inverse, warp, warps, lane);
-  return divisor;
-}
+    for (int i = 1; i < kCodebookLength; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, i));
+    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+    divisor = __uint_as_float(exponent << 23);
+    inverse = __uint_as_float((254 - exponent) << 23);
+  }
+};
 
 // Bytes 0 and 1 of `codes`, int8, divided by kInt8Divisor. Exact.
 template <typename T>
@@ -98,7 +98,6 @@ struct BatchDecoder {
   const uint8_t* table;
   const BatchStage& layout;
   int bits, blocks_shift;  // from the number of 16 in-features of a step to that of their block
-  bool has_one_block;
   bool has_shift;
   int g;
   uint32_t lane_offset;  // of this lane's copy of the table
@@ -110,7 +109,6 @@ struct BatchDecoder {
         layout(layout_),
         bits(w.bits),
         blocks_shift(kLogSixteenths - operands.log_blocks),
-        has_one_block(operands.log_blocks == 0),
         has_shift(w.shifts != nullptr),
         g(lane / 4),
         lane_offset(lane * 4),
@@ -123,7 +121,7 @@ struct BatchDecoder {
     else convert<T>(a, stage + layout.codes, row + g, first);
     // All uniform in a warp.
     if (has_shift) scale<T, true, false>(a, stage, row + g, first);
-    else if (has_one_block) scale<T, false, true>(a, stage, row + g, first);
+    else if (1 << blocks_shift >= kCount) scale<T, false, true>(a, stage, row + g, first);
     else scale<T, false, false>(a, stage, row + g, first);
   }
 

@@ -14,10 +14,13 @@ struct BatchSums {
   static constexpr int kTokens = kGapBytes / (kBatchRows * 4);
   uint8_t* table;
 
-  __device__ __forceinline__ float* at(int token, int row) const {
-    const int index = token * kBatchRows + (row ^ (token >> 1 & 3) << 3);
-    return reinterpret_cast<float*>(table + (index / 32) * kTableStride + kGap) + index % 32;
+  __device__ __forceinline__ uint8_t* in_gap(int byte) const {
+    return table + byte / kGap * kTableStride + kGap + byte % kGap;
   }
+  __device__ __forceinline__ float* at(int token, int row) const {
+    return reinterpret_cast<float*>(in_gap((token * kBatchRows + (row ^ (token >> 1 & 3) << 3)) * 4));
+  }
+  __device__ __forceinline__ float4* four_at(int place) const { return reinterpret_cast<float4*>(in_gap(place * 16)); }
 };
 
 template <typename T, typename Shape>
@@ -51,17 +54,21 @@ struct Batch {
       init_barrier(ring.full(threadIdx.x), Shape::kCopiers + Shape::kScalers);
       init_barrier(ring.free(threadIdx.x), kConsumers / 32);
     }
-    const float multiplier = write_batch_table<T>(w, table, warp, Shape::kThreads / 32, lane);
     __syncthreads();
     if (begin == end) return;
     if (warp < kConsumers / 32) {
       take_registers<Shape>();
+      if (w.bits == 4) {
+        const BatchCodebook codebook(w, lane);
+        write_pair_table<T>(table, codebook.value * codebook.inverse, warp, kConsumers / 32, lane);
+        sync_consumers();
+      }
       consume(begin, end);
     } else {
       leave_registers<Shape>();
       const int thread = threadIdx.x - kConsumers;
       if (thread < Shape::kCopiers) copy(begin, end, thread);
-      else scale(begin, end, thread - Shape::kCopiers, multiplier);
+      else scale(begin, end, thread - Shape::kCopiers);
     }
   }
 
@@ -88,7 +95,8 @@ struct Batch {
     }
   }
 
-  __device__ __forceinline__ void scale(int begin, int end, int thread, float multiplier) {
+  __device__ __forceinline__ void scale(int begin, int end, int thread) {
+    const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
     BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
     RingPlace place;
 #pragma unroll 1
@@ -145,23 +153,79 @@ struct Batch {
   }
 
   // Writes a tile, or what this CTA has of it.
-  __device__ __forceinline__ void finish_tile(const Engine& engine, int index) {
+  __device__ __forceinline__ void finish_tile(Engine& engine, int index) {
     const BatchTile tile(w, operands, kTokens, index);
     const int first = share.owner(index * operands.steps), last = share.owner((index + 1) * operands.steps - 1);
-    float* partial = first == last ? nullptr : partial_of(blockIdx.x, index);
+    add_slices(engine, tile.tokens_left);
+    if (first != last) {
+      if (Engine::slice(warp) == 0) store_fragments(engine, partial_of(blockIdx.x, index), tile.tokens_left);
+      if (!is_last_to_arrive(index, last - first + 1)) return;
+      if (Engine::slice(warp) == 0) add_partials(engine, tile.tokens_left, index, first, last);
+    }
+    write_tile(engine, tile);
+  }
+
+  // Sums of a lane for 8 tokens and 16 rows, and those of the other lanes of a slice, side by side: number `i` of them.
+  static constexpr int kSliceThreads = kConsumers / Engine::kSlices, kEights = kTokens / 8;
+  __device__ __forceinline__ static int fragment(int row_tile, int eight) {
+    return (row_tile * kEights + eight) * kSliceThreads + threadIdx.x % kSliceThreads;
+  }
+
+  // Adds the sums of the other slices of the in-features to the first one's, as many as have room at a time.
+  __device__ __forceinline__ void add_slices(Engine& engine, int tokens_left) {
+    if constexpr (Engine::kSlices == 1) return;
+    static_assert(Engine::kSlices <= 2, "one slice beside the first");
+    constexpr int kRoom = BatchSums::kTokens / 8;
 #pragma unroll
-    for (int token = 0; token < kTokens; token += BatchSums::kTokens) {
-      if (token >= tile.tokens_left) break;
-      collect(engine, token);
-      const int tokens = min(min(kTokens, tile.tokens_left) - token, BatchSums::kTokens);
-      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kConsumers) {
-        const int of = i / (kBatchRows / 4), row = i % (kBatchRows / 4) * 4;
-        const float4 sums = *reinterpret_cast<const float4*>(BatchSums{table}.at(of, row));
-        if (partial == nullptr) write(tile, token + of, row, sums);
-        else reinterpret_cast<float4*>(partial)[token * (kBatchRows / 4) + i] = sums;
+    for (int begin = 0; begin < kEights; begin += kRoom) {
+      if (begin * 8 >= tokens_left) break;
+#pragma unroll
+      for (int slice = 1; slice >= 0; --slice) {
+        sync_consumers();
+        if (Engine::slice(warp) != slice) continue;
+#pragma unroll
+        for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+          for (int n = begin; n < kEights && n < begin + kRoom; ++n) {
+            const int place = (i * kRoom + n - begin) * kSliceThreads + threadIdx.x % kSliceThreads;
+            float4& sums = *BatchSums{table}.four_at(place);
+            float(&d)[4] = engine.d[i][n];
+            if (slice == 1) sums = make_float4(d[0], d[1], d[2], d[3]);
+            else d[0] += sums.x, d[1] += sums.y, d[2] += sums.z, d[3] += sums.w;
+          }
+        }
       }
     }
-    if (partial != nullptr && is_last_to_arrive(index, last - first + 1)) add_partials(tile, index, first, last);
+  }
+
+  __device__ __forceinline__ void store_fragments(const Engine& engine, float* partial, int tokens_left) const {
+#pragma unroll
+    for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+        if (n * 8 >= tokens_left) break;
+        const float(&d)[4] = engine.d[i][n];
+        reinterpret_cast<float4*>(partial)[fragment(i, n)] = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    }
+  }
+
+  // The sums of all CTAs of a tile, in their order.
+  __device__ __forceinline__ void add_partials(Engine& engine, int tokens_left, int index, int first, int last) const {
+    engine.clear();
+    for (int cta = first; cta <= last; ++cta) {
+      const float4* from = reinterpret_cast<const float4*>(partial_of(cta, index));
+#pragma unroll
+      for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+        for (int n = 0; n < kEights; ++n) {
+          if (n * 8 >= tokens_left) break;
+          const float4 part = __ldcg(from + fragment(i, n));
+          float(&d)[4] = engine.d[i][n];
+          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ float* partial_of(int cta, int index) const {
@@ -169,30 +233,32 @@ struct Batch {
     return operands.partials + static_cast<int64_t>(place) * kTokens * kBatchRows;
   }
 
-  // The sums of all warps for up to 64 tokens from `token` on, in shared memory, slice after slice of the in-features.
-  __device__ __forceinline__ void collect(const Engine& engine, int token) {
+  // Turns the first slice's sums, up to 64 tokens at a time, from fragments into rows of results.
+  __device__ __forceinline__ void write_tile(const Engine& engine, const BatchTile& tile) {
     const BatchSums sums{table};
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int slice = 0; slice < Engine::kSlices; ++slice) {
+    for (int token = 0; token < kTokens; token += BatchSums::kTokens) {
+      if (token >= tile.tokens_left) break;
       sync_consumers();
-      if (Engine::slice(warp) != slice) continue;
 #pragma unroll
       for (int i = 0; i < Engine::kRowTiles; ++i) {
-        const int row = Engine::row(warp, i) + g;
 #pragma unroll
-        for (int n = 0; n < BatchSums::kTokens / 8; ++n) {
-          if (token / 8 + n >= kTokens / 8) break;
-          const float(&d)[4] = engine.d[i][token / 8 + n];
+        for (int n = token / 8; n < kEights && n < (token + BatchSums::kTokens) / 8; ++n) {
+          if (Engine::slice(warp) != 0) break;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            float* to = sums.at(n * 8 + t * 2 + j % 2, row + j / 2 * 8);
-            *to = slice == 0 ? d[j] : *to + d[j];
+            *sums.at(n * 8 - token + t * 2 + j % 2, Engine::row(warp, i) + g + j / 2 * 8) = engine.d[i][n][j];
           }
         }
       }
+      sync_consumers();
+      const int tokens = min(min(kTokens, tile.tokens_left) - token, BatchSums::kTokens);
+      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kConsumers) {
+        const int of = i / (kBatchRows / 4), row = i % (kBatchRows / 4) * 4;
+        write(tile, token + of, row, *reinterpret_cast<const float4*>(sums.at(of, row)));
+      }
     }
-    sync_consumers();
   }
 
   // Whether the other parts of a tile have been written; then they are visible.
@@ -215,30 +281,6 @@ struct Batch {
         : "r"(static_cast<uint32_t>(value)), "n"(kConsumers)
         : "memory");
     return result != 0;
-  }
-
-  __device__ __forceinline__ void add_partials(const BatchTile& tile, int index, int first, int last) const {
-    const int count = min(kTokens, tile.tokens_left) * (kBatchRows / 4);
-    // Several at once, for their loads to be under way together.
-    constexpr int kAtOnce = 4;
-    for (int begin = threadIdx.x; begin < count; begin += kAtOnce * kConsumers) {
-      float4 sums[kAtOnce] = {};
-      for (int cta = first; cta <= last; ++cta) {
-        const float4* from = reinterpret_cast<const float4*>(partial_of(cta, index));
-        float4 parts[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) parts[j] = __ldcg(from + min(begin + j * kConsumers, count - 1));
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          sums[j].x += parts[j].x, sums[j].y += parts[j].y, sums[j].z += parts[j].z, sums[j].w += parts[j].w;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = begin + j * kConsumers;
-        if (i < count) write(tile, i / (kBatchRows / 4), i % (kBatchRows / 4) * 4, sums[j]);
-      }
-    }
   }
 
   // Two results as they lie in memory.

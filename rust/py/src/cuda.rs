@@ -204,20 +204,24 @@ fn cuda_linear(
     })
 }
 
-/// Float32 and int32 elements that `cuda_linear_batch` needs as a workspace, or None where the weight is to be unpacked.
+/// Float32 and int32 elements that `cuda_linear_batch` needs as a workspace. None where no kernel takes the operands, and,
+/// unless `even_if_slower`, where unpacking the weight takes less time.
 #[pyfunction]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, even_if_slower=false))]
 fn cuda_batch_sizes(
     py: Python<'_>,
     weight: &CudaWeight,
     x: FloatBuffer,
     tokens: usize,
     x_row_stride: usize,
+    even_if_slower: bool,
 ) -> PyResult<Option<(usize, usize)>> {
     let sizes = run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
         Ok(cuda::batch_sizes(Device::get(weight.device)?, &weight.weight, &x))
     })?;
-    Ok(sizes.map(|sizes| (sizes.partials, sizes.arrivals)))
+    let taken = sizes.filter(|&(_, is_faster)| is_faster || even_if_slower);
+    Ok(taken.map(|(sizes, _)| (sizes.partials, sizes.arrivals)))
 }
 
 /// As `cuda_linear`, for more tokens. The workspace is float32 and int32; the latter are 0 before and after.

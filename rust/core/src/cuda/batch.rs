@@ -33,11 +33,11 @@ macro_rules! kernel {
 
 /// Step times were fitted to `benches/cuda/linear_batch.cu`, NF4, on an H200.
 const KERNELS: &[Kernel] = &[
-    kernel!("linear_batch", 32, 2, [Some(640), Some(384)], [1000.0, 1070.0]),
-    kernel!("linear_batch", 64, 2, [Some(640), Some(384)], [1100.0, 1550.0]),
-    kernel!("linear_batch_wide", 128, 1, [Some(384), None], [800.0, 0.0]),
-    kernel!("linear_batch_wide", 192, 1, [Some(384), None], [950.0, 0.0]),
-    kernel!("linear_batch_wide", 256, 1, [Some(384), None], [1070.0, 0.0]),
+    kernel!("linear_batch", 32, 2, [Some(768), Some(512)], [1000.0, 1070.0]),
+    kernel!("linear_batch", 64, 2, [Some(768), Some(512)], [1100.0, 1550.0]),
+    kernel!("linear_batch_wide", 128, 1, [Some(512), None], [800.0, 0.0]),
+    kernel!("linear_batch_wide", 192, 1, [Some(512), None], [950.0, 0.0]),
+    kernel!("linear_batch_wide", 256, 1, [Some(512), None], [1070.0, 0.0]),
 ];
 
 /// Nanoseconds of a kernel beside its steps: to start and to end; and to share tiles, for each token of a tile.
@@ -96,14 +96,14 @@ pub struct BatchSizes {
     pub arrivals: usize,
 }
 
-/// The kernel that multiplies many tokens, where there is one and it takes less time than unpacking the weight.
-pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<BatchPlan> {
+/// The kernel that multiplies many tokens, where there is one; and whether it takes less time than unpacking the weight.
+pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<(BatchPlan, bool)> {
     if !takes(problem, capability) {
         return None;
     }
     let candidates = KERNELS.iter().filter_map(|kernel| kernel.plan(problem, capability));
     let (time, best) = candidates.min_by(|(a, _), (b, _)| a.total_cmp(b))?;
-    (time < unpacking_time(problem)).then_some(best)
+    Some((best, time < unpacking_time(problem)))
 }
 
 fn takes(problem: &Problem, capability: Capability) -> bool {
@@ -242,10 +242,10 @@ mod tests {
     #[test]
     fn few_tokens_keep_the_weight_packed_and_many_unpack_it() {
         let nf4 = |tokens| problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), tokens);
-        let few = plan(&nf4(32), HOPPER).expect("a kernel");
-        assert_eq!((few.plan.entry, few.plan.threads), ("linear_batch_bfloat16_32", 640));
-        assert_eq!(plan(&nf4(32), ADA).expect("a kernel").plan.threads, 384);
-        assert!(plan(&nf4(8192), HOPPER).is_none());
+        let (few, is_faster) = plan(&nf4(32), HOPPER).expect("a kernel");
+        assert_eq!((few.plan.entry, few.plan.threads, is_faster), ("linear_batch_bfloat16_32", 768, true));
+        assert_eq!(plan(&nf4(32), ADA).expect("a kernel").0.plan.threads, 512);
+        assert!(!plan(&nf4(8192), HOPPER).expect("a kernel").1);
     }
 
     #[test]
@@ -254,7 +254,7 @@ mod tests {
             for block_size in [16, 32, 64, 128, 4096] {
                 let problem = problem(format, BlockSize::Elements(block_size), (4096, 4096), 100);
                 for capability in [HOPPER, ADA] {
-                    let planned = plan(&problem, capability).expect("a kernel");
+                    let (planned, _) = plan(&problem, capability).expect("a kernel");
                     let blocks = 1 << planned.share.log_blocks;
                     assert!(blocks == 1 || blocks * block_size == 128 || blocks * block_size == 64);
                 }

@@ -39,12 +39,13 @@ const _: () = assert!(size_of::<Operands>() == 80, "as batch_plan.cuh has it");
 // SAFETY: `repr(C)`, the fields of `BatchOperands` in `batch_plan.cuh`.
 unsafe impl Argument for Operands {}
 
-/// The sizes of the workspace that [`linear_batch`] needs, or none where unpacking the weight is the way.
-pub fn batch_sizes(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<BatchSizes> {
-    planned(device, weight, x).map(|planned| planned.sizes)
+/// The sizes of the workspace that [`linear_batch`] needs, and whether it takes less time than unpacking the weight; none
+/// where no kernel takes weight and activations.
+pub fn batch_sizes(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchSizes, bool)> {
+    planned(device, weight, x).map(|(planned, is_faster)| (planned.sizes, is_faster))
 }
 
-fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<BatchPlan> {
+fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchPlan, bool)> {
     let problem = Problem {
         operation: Operation::Linear,
         dtype: x.values.dtype,
@@ -79,10 +80,11 @@ pub unsafe fn linear_batch(
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
-    let BatchPlan { plan, share, sizes } = planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
-        what: "a product with the packed weight",
-        reason: format!("{} tokens of {} columns take less time with the weight unpacked", x.tokens, layout.cols),
-    })?;
+    let (BatchPlan { plan, share, sizes }, _) =
+        planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
+            what: "a product with the packed weight",
+            reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
+        })?;
     for (name, buffer, needed) in
         [("partials", workspace.partials, sizes.partials), ("arrivals", workspace.arrivals, sizes.arrivals)]
     {
