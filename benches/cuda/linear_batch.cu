@@ -17,11 +17,9 @@
 #include "../../cuda/linear_batch.cu"
 
 #if !defined(LOWBIT_MMA_SYNC)
-LOWBIT_BATCH(bfloat16, 96, 1)
+LOWBIT_BATCH(bfloat16, 96, 2)
 LOWBIT_BATCH(bfloat16, 128, 1)
-LOWBIT_BATCH(bfloat16, 160, 1)
 LOWBIT_BATCH(bfloat16, 192, 1)
-LOWBIT_BATCH(bfloat16, 224, 1)
 LOWBIT_BATCH(bfloat16, 256, 1)
 LOWBIT_BATCH(float16, 128, 1)
 LOWBIT_BATCH(float16, 256, 1)
@@ -73,9 +71,8 @@ const Kernel kKernels[] = {
     {linear_batch_bfloat16_32, Dtype::kBfloat16, 32, 2},   {linear_batch_bfloat16_64, Dtype::kBfloat16, 64, 2},
     {linear_batch_float16_32, Dtype::kFloat16, 32, 2},     {linear_batch_float16_64, Dtype::kFloat16, 64, 2},
 #if !defined(LOWBIT_MMA_SYNC)
-    {linear_batch_bfloat16_96, Dtype::kBfloat16, 96, 1},   {linear_batch_bfloat16_128, Dtype::kBfloat16, 128, 1},
-    {linear_batch_bfloat16_160, Dtype::kBfloat16, 160, 1}, {linear_batch_bfloat16_192, Dtype::kBfloat16, 192, 1},
-    {linear_batch_bfloat16_224, Dtype::kBfloat16, 224, 1}, {linear_batch_bfloat16_256, Dtype::kBfloat16, 256, 1},
+    {linear_batch_bfloat16_96, Dtype::kBfloat16, 96, 2},   {linear_batch_bfloat16_128, Dtype::kBfloat16, 128, 1},
+    {linear_batch_bfloat16_192, Dtype::kBfloat16, 192, 1}, {linear_batch_bfloat16_256, Dtype::kBfloat16, 256, 1},
     {linear_batch_float16_128, Dtype::kFloat16, 128, 1},   {linear_batch_float16_256, Dtype::kFloat16, 256, 1},
 #endif
 };

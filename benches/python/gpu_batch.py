@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -116,13 +117,16 @@ def measure(shape: tuple[int, int], tokens: Sequence[int], formats: Sequence[str
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / math.sqrt(shape[1])
     count = min(copies_for(weight.numel() // 2), 24)
     rivals: list[tuple[str, str, list[Call]]] = []
+    kept: list[list[PackedWeight]] = []
     dense = [weight, *[weight.clone() for _ in range(copies_for(weight.nbytes) - 1)]]
     for direction in ("forward", "backward"):
         is_backward = direction == "backward"
         rivals.append((direction, "torch bf16", dense_calls(dense, is_backward)))
         rivals.append((direction, "bitsandbytes nf4", bitsandbytes_calls(weight, count, is_backward)))
     for name in formats:
-        ways = views([quantize(weight, **_FORMATS[name]) for _ in range(count)])
+        packed = [quantize(weight, **_FORMATS[name]) for _ in range(count)]
+        kept.append(packed)  # views borrow
+        ways = views(packed)
         rivals.append(("forward", name, [lambda x, w=way: cuda.linear(w, x, None, "none") for way in ways]))  # type: ignore[misc]
         rivals.append(("backward", name, [lambda x, w=way: cuda.linear_grad_input(w, x) for way in ways]))  # type: ignore[misc]
         if name == "nf4":
@@ -189,7 +193,7 @@ def tell_of_choices(rows: Sequence[dict[str, Any]], console: Console) -> None:
 def tell_of_cliffs(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """The largest rises from one number of tokens to the next."""
     taken = [(row["tokens"], row["graph_s"]) for row in rows]
-    rises = [(b / a, m, n) for (m, a), (n, b) in zip(taken, taken[1:], strict=False)]
+    rises = [(b / a, m, n) for (m, a), (n, b) in itertools.pairwise(taken)]
     for rise, m, n in sorted(rises, reverse=True)[:5]:
         console.print(f"x {rise:.2f} from {m} to {n} tokens")
 

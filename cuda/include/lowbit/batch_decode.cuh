@@ -92,53 +92,68 @@ __device__ __forceinline__ uint32_t scaled_pair(uint32_t values, const SplitNumb
   return bits_of_pair(__hadd2(__hfma2(value, high, pair_of<T>(numbers.shift.x)), rest));
 }
 
-// One lane: of operand A it has rows g and g + 8, and in-features 2 t, 2 t + 1, 2 t + 8, 2 t + 9.
-template <typename Shape>
+// The same value, which the compiler does not know how to make again: it stays in a register, and loops do not begin with
+// arithmetic on thread numbers and parameters.
+__device__ __forceinline__ uint32_t kept(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// One lane: of operand A it has rows g and g + 8, and in-features 2 t, 2 t + 1, 2 t + 8, 2 t + 9. It begins with `row` of the
+// tile and the 16 in-features `first` of a step; others are told relative to these.
+template <typename T, typename Shape>
 struct BatchDecoder {
-  const uint8_t* table;
-  const BatchStage& layout;
-  int bits, blocks_shift;  // from the number of 16 in-features of a step to that of their block
+  uint32_t table;          // where this lane's copy lies in shared memory
+  uint32_t codes, scales;  // places in a stage
+  uint32_t selector;       // of 4 bits: byte t of a word as an address; of 8 bits: 16 bits t of two words
+  uint32_t shift_distance; // from scales to shifts
+  int bits, first, blocks_shift;  // blocks_shift: from 16 in-features of a step to their block
   bool has_shift;
-  int g;
-  uint32_t lane_offset;  // of this lane's copy of the table
-  uint32_t selector;     // of 4 bits: byte t of a word as an address; of 8 bits: 16 bits t of two words
 
-  __device__ __forceinline__ BatchDecoder(const Weight& w, const BatchOperands& operands, const BatchStage& layout_,
-                                          const uint8_t* table_, int lane)
-      : table(table_),
-        layout(layout_),
+  __device__ __forceinline__ BatchDecoder(const Weight& w, const BatchOperands& operands, const BatchStage& layout,
+                                          const uint8_t* table_, int row, int first_, int lane)
+      : table(shared_address(table_)),
+        selector(kept(w.bits == 4 ? 0x7604 | lane % 4 << 4 : 0x10 + 0x22 * (lane % 4))),
+        shift_distance(layout.shifts - layout.scales),
         bits(w.bits),
+        first(first_),
         blocks_shift(kLogSixteenths - operands.log_blocks),
-        has_shift(w.shifts != nullptr),
-        g(lane / 4),
-        lane_offset(lane * 4),
-        selector(w.bits == 4 ? 0x7604 | lane % 4 << 4 : 0x10 + 0x22 * (lane % 4)) {}
+        has_shift(w.shifts != nullptr) {
+    const int g = lane / 4, chunks = Shape::kCols * w.bits / 128, chunk = w.bits == 4 ? first / 2 : first;
+    codes = kept(layout.codes + ((row + g) * chunks + code_place(row + g, chunk, chunks)) * 16);
+    scales = kept(layout.scales + (row + g + (first >> blocks_shift) * kBatchRows) * 8);
+    lane_offset = kept(lane * 4);
+  }
 
-  // The 16 rows from `row` on and `kCount` times 16 in-features, from `first` on, of a step.
-  template <typename T, int kCount>
-  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], const uint8_t* stage, int row, int first) const {
-    if (bits == 4) look_up(a, stage + layout.codes, row + g, first);
-    else convert<T>(a, stage + layout.codes, row + g, first);
+  // The 16 rows of row tile `tile`, and `kCount` times 16 in-features from `sixteenth` on.
+  template <int kCount>
+  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
     // All uniform in a warp.
-    if (has_shift) scale<T, true, false>(a, stage, row + g, first);
-    else if (1 << blocks_shift >= kCount) scale<T, false, true>(a, stage, row + g, first);
-    else scale<T, false, false>(a, stage, row + g, first);
+    if (bits == 4) look_up(a, stage, tile, sixteenth);
+    else convert(a, stage, tile, sixteenth);
+    if (has_shift) scale<true, false>(a, stage, tile, sixteenth);
+    else if (1 << blocks_shift >= Shape::kSixteenths / 2) scale<false, true>(a, stage, tile, sixteenth);
+    else scale<false, false>(a, stage, tile, sixteenth);
   }
 
  private:
   static constexpr int kLogSixteenths = Shape::kPanels == 1 ? 2 : 3;
+  uint32_t lane_offset;
 
-  template <typename T, bool kShift, bool kOneBlock, int kCount>
-  __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], const uint8_t* stage, int row, int first) const {
+  // With `kOneBlock` all in-features of the lane are of the block of the first, or of the next, half of a step further.
+  template <bool kShift, bool kOneBlock, int kCount>
+  __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
     SplitNumbers upper, lower;
-    const uint2* scales = reinterpret_cast<const uint2*>(stage + layout.scales) + row;
-    const uint2* shifts = reinterpret_cast<const uint2*>(stage + layout.shifts) + row;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i == 0 || !kOneBlock) {
-        const int block = ((first + i) >> blocks_shift) * kBatchRows;
-        upper.scale = scales[block], lower.scale = scales[block + 8];
-        if constexpr (kShift) upper.shift = shifts[block], lower.shift = shifts[block + 8];
+      const int now = sixteenth + i;
+      if (i == 0 || !kOneBlock || now % (Shape::kSixteenths / 2) == 0) {
+        const int block = ((first + now) >> blocks_shift) - (first >> blocks_shift);
+        const uint32_t from = stage + scales + tile * 128 + block * (kBatchRows * 8);
+        upper.scale = load_shared_8(from), lower.scale = load_shared_8(from + 64);
+        if constexpr (kShift) {
+          upper.shift = load_shared_8(from + shift_distance), lower.shift = load_shared_8(from + shift_distance + 64);
+        }
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[i][j] = scaled_pair<T, kShift>(a[i][j], j % 2 == 0 ? upper : lower);
@@ -146,21 +161,20 @@ struct BatchDecoder {
   }
 
   __device__ __forceinline__ uint32_t look_up_byte(uint32_t word) const {
-    return *reinterpret_cast<const uint32_t*>(table + __byte_perm(word, lane_offset, selector));
+    return load_shared_4(table + __byte_perm(word, lane_offset, selector));
   }
 
   // Four lanes read the same 16 bytes of a row, 32 in-features, and each takes its byte of every word.
   template <int kCount>
-  __device__ __forceinline__ void look_up(uint32_t (&a)[kCount][4], const uint8_t* codes, int row,
-                                          int first) const {
+  __device__ __forceinline__ void look_up(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
     static_assert(kCount % 2 == 0, "16 bytes are 32 codes");
-    constexpr int kRowBytes = Shape::kCols / 2, kChunks = kRowBytes / 16;
+    constexpr int kRowBytes = Shape::kCols / 2;
 #pragma unroll
     for (int i = 0; i < kCount; i += 2) {
+      const uint32_t from = ((stage + codes) ^ (sixteenth + i) / 2 * 16) + tile * (16 * kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* from = codes + (row + half * 8) * kRowBytes + code_place(row, (first + i) / 2, kChunks) * 16;
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
+        const uint4 words = load_shared_16(from + half * (8 * kRowBytes));
         a[i][half] = look_up_byte(words.x);
         a[i][half + 2] = look_up_byte(words.y);
         a[i + 1][half] = look_up_byte(words.z);
@@ -169,16 +183,15 @@ struct BatchDecoder {
     }
   }
 
-  template <typename T, int kCount>
-  __device__ __forceinline__ void convert(uint32_t (&a)[kCount][4], const uint8_t* codes, int row,
-                                          int first) const {
-    constexpr int kRowBytes = Shape::kCols, kChunks = kRowBytes / 16;
+  template <int kCount>
+  __device__ __forceinline__ void convert(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
+    constexpr int kRowBytes = Shape::kCols;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
+      const uint32_t from = ((stage + codes) ^ (sixteenth + i) * 16) + tile * (16 * kRowBytes);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* from = codes + (row + half * 8) * kRowBytes + code_place(row, first + i, kChunks) * 16;
-        const uint4 words = *reinterpret_cast<const uint4*>(from);
+        const uint4 words = load_shared_16(from + half * (8 * kRowBytes));
         a[i][half] = int8_pair<T>(__byte_perm(words.x, words.y, selector));
         a[i][half + 2] = int8_pair<T>(__byte_perm(words.z, words.w, selector));
       }

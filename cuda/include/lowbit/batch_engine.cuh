@@ -3,6 +3,7 @@
 // shared memory; warps that have the same rows share a step's in-features, and their sums are added at the end.
 #pragma once
 
+#include "batch_decode.cuh"
 #include "batch_plan.cuh"
 #include "ptx.cuh"
 #include "wgmma.cuh"
@@ -30,6 +31,10 @@ struct BatchEngine {
   static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
   static constexpr int kChunk = kSixteenths;  // 16 in-features each, that are decoded together
   float d[kRowTiles][kTokens / 8][4];
+  uint32_t described;  // operand B of the slice, from the start of a stage
+
+  __device__ __forceinline__ explicit BatchEngine(int slice)
+      : described(kept(describe_operand(slice / 4 * Shape::kPanelBytes + slice % 4 * 32))) {}
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 8; }
   static __device__ __forceinline__ int row(int warp, int) { return warp % 8 * 16; }
@@ -44,12 +49,12 @@ struct BatchEngine {
 
   // Other warps decode while this one waits: registers of products that are under way must not be written, and the
   // compiler does not see to it.
-  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t x, int first) {
-    const uint32_t described = describe_operand(x + first / 4 * Shape::kPanelBytes + first % 4 * 32);
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t stage, int) {
+    const uint32_t x = described + (stage >> 4);
     begin_products();
 #pragma unroll
     for (int j = 0; j < kSixteenths; ++j) {
-      multiply_tokens<T, kTokens>(d[0], a[0][j], described + (j / 4 * Shape::kPanelBytes + j % 4 * 32) / 16);
+      multiply_tokens<T, kTokens>(d[0], a[0][j], x + (j / 4 * Shape::kPanelBytes + j % 4 * 32) / 16);
     }
     end_products();
     wait_for_products<0>();
@@ -76,6 +81,9 @@ struct BatchEngine {
   static constexpr int kSixteenths = Shape::kSixteenths / kSlices;
   static constexpr int kChunk = 2;  // 16 in-features each, that are decoded together
   float d[kRowTiles][kTokens / 8][4];
+  int slice_first;
+
+  __device__ __forceinline__ explicit BatchEngine(int slice) : slice_first(slice) {}
 
   static __device__ __forceinline__ int slice(int warp) { return warp / 4; }
   static __device__ __forceinline__ int row(int warp, int tile) { return warp % 4 * 32 + tile * 16; }
@@ -92,7 +100,7 @@ struct BatchEngine {
   // its lower and its upper 8 in-features.
   __device__ __forceinline__ void multiply(const uint32_t (&a)[kRowTiles][kChunk][4], uint32_t x, int first) {
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) multiply_sixteenth(a, x, first, j);
+    for (int j = 0; j < kChunk; ++j) multiply_sixteenth(a, x, slice_first + first, j);
   }
 
   __device__ __forceinline__ void finish() {}

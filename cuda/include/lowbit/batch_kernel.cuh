@@ -119,8 +119,11 @@ struct Batch {
   }
 
   __device__ __forceinline__ void consume(int begin, int end) {
-    const BatchDecoder<Shape> decoder(w, operands, layout, table, lane);
-    Engine engine;
+    const int slice = Engine::slice(warp) * Engine::kSixteenths;
+    const BatchDecoder<T, Shape> decoder(w, operands, layout, table, Engine::row(warp, 0), slice, lane);
+    const uint32_t base = kept(shared_address(stages)), bytes = kept(layout.bytes);
+    const int count = ring.stages;
+    Engine engine(slice);
     RingPlace place;
     for (int step = begin; step < end;) {
       const int tile = step / operands.steps, tile_end = min((tile + 1) * operands.steps, end);
@@ -128,10 +131,10 @@ struct Batch {
 #pragma unroll 1
       for (; step < tile_end; ++step) {
         wait_for_phase(ring.full(place.stage), place.parity);
-        multiply(engine, decoder, stages + place.stage * layout.bytes);
+        multiply(engine, decoder, base + place.stage * bytes);
         __syncwarp();
         if (lane == 0) arrive(ring.free(place.stage));
-        place.advance(ring.stages);
+        place.advance(count);
       }
       engine.finish();
       finish_tile(engine, tile);
@@ -141,14 +144,13 @@ struct Batch {
   // Among the threads that multiply.
   __device__ __forceinline__ void sync_consumers() const { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
-  __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<Shape>& decoder, const uint8_t* stage) {
-    const int slice = Engine::slice(warp) * Engine::kSixteenths;
+  __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<T, Shape>& decoder, uint32_t stage) {
 #pragma unroll
-    for (int first = slice; first < slice + Engine::kSixteenths; first += Engine::kChunk) {
+    for (int first = 0; first < Engine::kSixteenths; first += Engine::kChunk) {
       uint32_t a[Engine::kRowTiles][Engine::kChunk][4];
 #pragma unroll
-      for (int i = 0; i < Engine::kRowTiles; ++i) decoder.template decode<T>(a[i], stage, Engine::row(warp, i), first);
-      engine.multiply(a, shared_address(stage), first);
+      for (int i = 0; i < Engine::kRowTiles; ++i) decoder.decode(a[i], stage, i, first);
+      engine.multiply(a, stage, first);
     }
   }
 

@@ -68,6 +68,25 @@ __device__ __forceinline__ uint4 load_16_if(const void* from, bool is_inside) {
   return value;
 }
 
+// From an address in shared memory.
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from));
+  return value;
+}
+__device__ __forceinline__ uint2 load_shared_8(uint32_t from) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from));
+  return value;
+}
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from));
+  return value;
+}
+
 // Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8, and gets two numbers of
 // row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {

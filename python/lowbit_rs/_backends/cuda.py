@@ -153,7 +153,7 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
 
 
 def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tuple[int, int]) -> Tensor:
-    """``linear`` by the kernel for many tokens, with a workspace of ``sizes`` as ``_native.cuda_batch_sizes`` gives them.
+    """``linear`` by the kernel for many tokens, with a workspace of the ``sizes`` of ``_native.cuda_batch_sizes``.
 
     Blocks of threads that share a part of the result leave their sums in it: at most two tiles of 128 rows for each
     multiprocessor, 35 MB with 256 tokens a tile.

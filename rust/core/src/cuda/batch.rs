@@ -33,24 +33,25 @@ macro_rules! kernel {
 
 /// Step times were fitted to `benches/cuda/linear_batch.cu`, NF4, on an H200.
 const KERNELS: &[Kernel] = &[
-    kernel!("linear_batch", 32, 2, [Some(768), Some(512)], [1000.0, 1070.0]),
-    kernel!("linear_batch", 64, 2, [Some(768), Some(512)], [1100.0, 1550.0]),
-    kernel!("linear_batch_wide", 128, 1, [Some(512), None], [800.0, 0.0]),
-    kernel!("linear_batch_wide", 192, 1, [Some(512), None], [950.0, 0.0]),
-    kernel!("linear_batch_wide", 256, 1, [Some(512), None], [1070.0, 0.0]),
+    kernel!("linear_batch", 32, 2, [Some(768), Some(512)], [790.0, 1040.0]),
+    kernel!("linear_batch", 64, 2, [Some(768), Some(512)], [840.0, 1370.0]),
+    kernel!("linear_batch_wide", 96, 2, [Some(768), None], [1000.0, 0.0]),
+    kernel!("linear_batch_wide", 128, 1, [Some(512), None], [610.0, 0.0]),
+    kernel!("linear_batch_wide", 192, 1, [Some(512), None], [760.0, 0.0]),
+    kernel!("linear_batch_wide", 256, 1, [Some(512), None], [1120.0, 0.0]),
 ];
 
-/// Nanoseconds of a kernel beside its steps: to start and to end; and to share tiles, for each token of a tile.
-const START: f64 = 4000.0;
-const SHARING: f64 = 3000.0;
-const SHARING_A_TOKEN: f64 = 50.0;
-/// Unpacking: nanoseconds a part of the weight, and bytes written a nanosecond. A library's product: its least time, bytes
-/// and operations a nanosecond. All on an H200.
-const UNPACKING: f64 = 3000.0;
-const UNPACKED_BYTES: f64 = 3200.0;
-const PRODUCT: f64 = 6000.0;
-const PRODUCT_BYTES: f64 = 3800.0;
-const PRODUCT_OPERATIONS: f64 = 760_000.0;
+/// Nanoseconds of a kernel beside its steps: to start and to end; and to share tiles. Each with a part for a token of a tile.
+const START: [f64; 2] = [4000.0, 17.0];
+const SHARING: [f64; 2] = [4000.0, 95.0];
+/// Unpacking: bytes of a part, nanoseconds for each part, and bytes written a nanosecond. A library's product: its least
+/// time, bytes and operations a nanosecond. All on an H200.
+const PART_BYTES: f64 = (32 << 20) as f64;
+const UNPACKING: f64 = 2000.0;
+const UNPACKED_BYTES: f64 = 2800.0;
+const PRODUCT: f64 = 3000.0;
+const PRODUCT_BYTES: f64 = 3900.0;
+const PRODUCT_OPERATIONS: f64 = 680_000.0;
 
 /// Rows of a tile, `kBatchRows`, and what is in shared memory, in bytes.
 const TILE_ROWS: usize = 128;
@@ -124,7 +125,7 @@ fn unpacking_time(problem: &Problem) -> f64 {
     let (rows, cols, tokens) = (problem.layout.rows as f64, problem.layout.cols as f64, problem.count as f64);
     let bytes = rows * cols * problem.dtype.size() as f64;
     let product = (bytes / PRODUCT_BYTES).max(2.0 * rows * cols * tokens / PRODUCT_OPERATIONS);
-    UNPACKING + bytes / UNPACKED_BYTES + PRODUCT + product
+    UNPACKING * (bytes / PART_BYTES).ceil() + bytes / UNPACKED_BYTES + PRODUCT + product
 }
 
 impl Kernel {
@@ -175,10 +176,10 @@ impl Kernel {
     fn grid(&self, tiles: usize, steps: usize, capability: Capability, way: usize) -> (f64, usize) {
         let most = capability.multiprocessors as usize;
         let step = self.step[way];
-        let whole = START + (tiles.div_ceil(most) * steps) as f64 * step;
+        let fixed = |[once, a_token]: [f64; 2]| once + a_token * self.tokens as f64;
+        let whole = fixed(START) + (tiles.div_ceil(most) * steps) as f64 * step;
         let shared_grid = most.min(tiles * steps);
-        let sharing = SHARING + SHARING_A_TOKEN * self.tokens as f64;
-        let shared = START + sharing + (tiles * steps).div_ceil(shared_grid) as f64 * step;
+        let shared = fixed(START) + fixed(SHARING) + (tiles * steps).div_ceil(shared_grid) as f64 * step;
         if whole <= shared { (whole, tiles.div_ceil(tiles.div_ceil(most))) } else { (shared, shared_grid) }
     }
 
