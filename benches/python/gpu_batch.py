@@ -4,8 +4,8 @@
 
 Calls run in CUDA graphs, each with another weight, and the weights together exceed the L2 cache several times; medians.
 "chosen" is what lowbit_rs does by itself; "packed" and "unpacked" are its two ways: the kernel that reads the packed
-weight, and unpacking parts of it for torch's product. The sweep goes through 1 to 1024 tokens in steps of 8 and tells by
-how much the time rises at most from one to the next. Writes benches/results/gpu_batch.json.
+weight, and unpacking parts of it for torch's product. The sweep goes through 1 to 1024 tokens in steps of 8 and tells
+by how much the time rises at most from one to the next. Writes benches/results/gpu_batch.json.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def sweep(shape: tuple[int, int]) -> list[dict[str, Any]]:
     rows = []
     for many in (1, *range(8, 1025, 8)):
         x = torch.randn(many, shape[1], device="cuda", dtype=torch.bfloat16)
-        took = graph_seconds([lambda w=way: cuda.linear(w, x, None, "none") for way in ways], 7)  # type: ignore[misc]
+        took = graph_seconds([lambda w=way, x=x: cuda.linear(w, x, None, "none") for way in ways], 7)  # type: ignore[misc]
         rows.append({"direction": "sweep", "rival": "nf4", "shape": list(shape), "tokens": many, "graph_s": took})
     return rows
 
@@ -177,15 +177,13 @@ def table(rows: Sequence[dict[str, Any]], shape: tuple[int, int], direction: str
 
 def tell_of_choices(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Where the way that is chosen takes longer than the other."""
-    times = {
-        (row["rival"], *row["shape"], row["tokens"]): row["graph_s"] for row in rows if row["direction"] == "forward"
-    }
-    worst = [
-        (took / min(others), key)
-        for (rival, *key), took in times.items()
-        if rival == "nf4"
-        and (others := [times[way, *key] for way in ("nf4 packed", "nf4 unpacked") if (way, *key) in times])
-    ]
+    forward = [row for row in rows if row["direction"] == "forward"]
+    times = {(row["rival"], (*row["shape"], row["tokens"])): row["graph_s"] for row in forward}
+    worst = []
+    for (rival, key), took in times.items():
+        others = [times[way, key] for way in ("nf4 packed", "nf4 unpacked") if (way, key) in times]
+        if rival == "nf4" and others:
+            worst.append((took / min(others), key))
     for ratio, (n, k, many) in sorted(worst, reverse=True)[:5]:
         console.print(f"chosen / best {ratio:.3f} at {n}x{k}, {many} tokens")
 
