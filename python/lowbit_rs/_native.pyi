@@ -196,6 +196,20 @@ def use_torch(
     num_threads: Callable[[], int],
     allocators: list[Callable[..., Tensor] | None],
 ) -> None: ...
+def cuda_batch_sizes(
+    weight: CudaWeight, x: _Floats, tokens: int, x_row_stride: int, even_if_slower: bool = False
+) -> tuple[int, int] | None: ...
+def cuda_linear_batch(
+    weight: CudaWeight,
+    x: _Floats,
+    tokens: int,
+    x_row_stride: int,
+    bias: _Floats | None,
+    out: _Floats,
+    partials: _Buffer,
+    arrivals: _Buffer,
+    stream: int,
+) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def force_isa(name: str | None = None) -> None: ...

@@ -17,6 +17,12 @@ __device__ __forceinline__ void copy_16_async(uint32_t to, const void* from, boo
                : "memory");
 }
 
+// As `copy_16_async`; brings the 128 bytes around them into the L2 cache, for whoever goes on along a row.
+__device__ __forceinline__ void copy_16_async_128(uint32_t to, const void* from, bool is_inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_inside ? 16 : 0)
+               : "memory");
+}
+
 // As `copy_16_async`, 4 bytes.
 __device__ __forceinline__ void copy_4_async(uint32_t to, const void* from, bool is_inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(is_inside ? 4 : 0) : "memory");
@@ -68,6 +74,34 @@ __device__ __forceinline__ uint4 load_16_if(const void* from, bool is_inside) {
       : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
       : "l"(from), "r"(static_cast<int>(is_inside)));
   return value;
+}
+
+// From an address in shared memory.
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from));
+  return value;
+}
+__device__ __forceinline__ uint2 load_shared_8(uint32_t from) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from));
+  return value;
+}
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from));
+  return value;
+}
+
+// Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8, and gets two numbers of
+// row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from)
+               : "memory");
 }
 
 // d = a b + c: a is 16 x 16, b 16 x 8, c and d are 16 x 8 in fp32. Lane 4 g + t holds of a, in pairs of columns, rows

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit_rs import _native
+from lowbit_rs._backends._counters import counters
 from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
@@ -133,17 +134,42 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
     if activation != "none":
         raise unsupported(f'activation="{activation}" on CUDA', 'no kernel here rounds activations; take "none"')
     x, tokens, row_stride = rows_of(x)
+    values = floats(x)
+    if tokens > CUDA_MAX_TOKENS:
+        sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
+        if sizes is not None:
+            return linear_batch(weight, x, bias, sizes)
     out = x.new_empty((*x.shape[:-1], weight.rows))
     if tokens > CUDA_MAX_TOKENS:
-        _linear_in_parts(weight, x.reshape(tokens, weight.cols), bias, out.view(tokens, weight.rows))
+        linear_in_parts(weight, x.reshape(tokens, weight.cols), bias, out.view(tokens, weight.rows))
         return out
     addend = None
     if bias is not None:
         bias = rows_of(bias)[0]
         addend = floats(bias)
-    values = floats(x)
     result = (out.data_ptr(), tokens * weight.rows, values[2])
     _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), MAY_OVERLAP)
+    return out
+
+
+def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+    """``linear`` by the kernel for many tokens, with a workspace of the ``sizes`` of ``_native.cuda_batch_sizes``.
+
+    Blocks of threads that share a part of the result leave their sums in it: at most two tiles of 128 rows for each
+    multiprocessor, 35 MB with 256 tokens a tile.
+    """
+    x, tokens, row_stride = rows_of(x)
+    out = x.new_empty((*x.shape[:-1], weight.rows))
+    addend = None
+    if bias is not None:
+        bias = rows_of(bias)[0]
+        addend = floats(bias)
+    partials = x.new_empty(sizes[0], dtype=torch.float32)
+    arrivals = counters(x.device, sizes[1])
+    values = floats(x)
+    result = (out.data_ptr(), tokens * weight.rows, values[2])
+    parts = (partials.data_ptr(), sizes[0]), (arrivals.data_ptr(), sizes[1])
+    _native.cuda_linear_batch(weight, values, tokens, row_stride, addend, result, *parts, _stream(weight.device))
     return out
 
 
@@ -166,7 +192,7 @@ def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
     return out
 
 
-def _linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out[:, part] = x @ W[part].T + bias[part]`` for parts of the rows that fit in the L2 cache.
 
     The weight is rounded to the dtype of x on the way, which tensor cores take; there is never more of it than a part.

@@ -1,7 +1,8 @@
 //! Weights and operations in the memory of CUDA devices. Addresses are the driver's; nothing here reads behind them.
 
 use lowbit_core::cuda::{
-    self, Device, DeviceActivations, DeviceBuffer, DeviceFloats, DeviceSource, DeviceWeight, Queue, Window, Workspace,
+    self, BatchWorkspace, Device, DeviceActivations, DeviceBuffer, DeviceFloats, DeviceSource, DeviceWeight, Queue,
+    Window, Workspace,
 };
 use lowbit_core::dtype::Dtype;
 use lowbit_core::{Error, Result};
@@ -19,7 +20,9 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_quantize, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_dequantize, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_dequantize_rows, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_linear, module)?)
+    module.add_function(wrap_pyfunction!(cuda_linear, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_batch_sizes, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_linear_batch, module)?)
 }
 
 /// Addresses of the tensors of a packed [rows, cols] weight on the device of this number. It borrows: the caller keeps the
@@ -206,5 +209,50 @@ fn cuda_linear(
             let queue = Queue { may_overlap, ..weight.queue(stream)? };
             cuda::linear(queue, &weight.weight, x, bias, floats("out", &out)?)
         }
+    })
+}
+
+/// Float32 and int32 elements that `cuda_linear_batch` needs as a workspace. None where no kernel takes the operands, and,
+/// unless `even_if_slower`, where unpacking the weight takes less time.
+#[pyfunction]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, even_if_slower=false))]
+fn cuda_batch_sizes(
+    py: Python<'_>,
+    weight: &CudaWeight,
+    x: FloatBuffer,
+    tokens: usize,
+    x_row_stride: usize,
+    even_if_slower: bool,
+) -> PyResult<Option<(usize, usize)>> {
+    let sizes = run(py, || {
+        let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
+        Ok(cuda::batch_sizes(Device::get(weight.device)?, &weight.weight, &x))
+    })?;
+    let taken = sizes.filter(|&(_, is_faster)| is_faster || even_if_slower);
+    Ok(taken.map(|(sizes, _)| (sizes.partials, sizes.arrivals)))
+}
+
+/// As `cuda_linear`, for more tokens. The workspace is float32 and int32; the latter are 0 before and after.
+#[pyfunction]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, bias, out, partials, arrivals, stream))]
+#[allow(clippy::too_many_arguments)] // three tensors with their strides, and a workspace
+fn cuda_linear_batch(
+    py: Python<'_>,
+    weight: &CudaWeight,
+    x: FloatBuffer,
+    tokens: usize,
+    x_row_stride: usize,
+    bias: Option<FloatBuffer>,
+    out: FloatBuffer,
+    partials: Buffer,
+    arrivals: Buffer,
+    stream: usize,
+) -> PyResult<()> {
+    run(py, || {
+        let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
+        let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
+        let workspace = BatchWorkspace { partials: buffer(partials), arrivals: buffer(arrivals) };
+        // SAFETY: as for `cuda_dequantize`.
+        unsafe { cuda::linear_batch(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?, workspace) }
     })
 }

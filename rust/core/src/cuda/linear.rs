@@ -1,11 +1,12 @@
-//! `y = x @ W^T + bias` for few tokens. With many, and for the gradient to x, unpacking parts of the weight and multiplying
-//! with a library is faster: the caller does that.
+//! `y = x @ W^T + bias` for few tokens. For the gradient to x, and with very many tokens, unpacking parts of the weight and
+//! multiplying with a library is the way: the caller does that.
 
 use super::Queue;
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::plan::{Operation, Problem, Share, plan};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use crate::dtype::Dtype;
+use crate::format::Layout;
 use crate::{Error, Result};
 
 /// The most tokens that kernels multiply without unpacking the weight.
@@ -56,13 +57,12 @@ pub unsafe fn linear(
     bias: Option<DeviceFloats>,
     out: DeviceFloats,
 ) -> Result<()> {
-    let rows = weight.layout().rows;
-    if let Some(bias) = bias.filter(|bias| bias.buffer.len != rows) {
-        return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{rows} elements")));
-    }
     let layout = weight.layout();
-    check(&x, layout.cols, rows, out)?;
-    if x.tokens == 0 || rows == 0 {
+    if x.tokens > MAX_TOKENS {
+        return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+    }
+    check_operands(&x, layout, bias, out)?;
+    if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
     if x.values.dtype == Dtype::Float32 && x.tokens > MAX_FLOAT32_TOKENS {
@@ -121,16 +121,23 @@ fn behind(floats: DeviceFloats, count: usize) -> DeviceFloats {
 }
 
 /// Whether rows of codes, scales and activations begin where accesses of 16 bytes may.
-fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> bool {
+pub(super) fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> bool {
     let kernel = weight.kernel();
     let addresses = [kernel.codes.0, kernel.scales.0, kernel.shifts.0, x.values.buffer.address];
     let strides = [weight.layout().row_bytes(), x.stride * x.values.dtype.size()];
     addresses.iter().all(|address| address.is_multiple_of(16)) && strides.iter().all(|stride| stride.is_multiple_of(16))
 }
 
-fn check(x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
-    if x.tokens > MAX_TOKENS {
-        return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+/// That operands have the lengths and dtypes of a product with a weight of `layout`.
+pub(super) fn check_operands(
+    x: &DeviceActivations,
+    layout: &Layout,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+) -> Result<()> {
+    let (terms, outputs) = (layout.cols, layout.rows);
+    if let Some(bias) = bias.filter(|bias| bias.buffer.len != outputs) {
+        return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{outputs} elements")));
     }
     let needed = if x.tokens == 0 || terms == 0 { 0 } else { (x.tokens - 1) * x.stride + terms };
     if x.values.buffer.len < needed {

@@ -4,20 +4,24 @@
 //! the primary context of a device, which is torch's. The driver is looked for when it is first needed, so a machine
 //! without one runs everything else.
 
+mod batch;
 mod decode;
 mod dequantize;
 mod device;
 mod driver;
 mod launch;
 mod linear;
+mod linear_batch;
 mod modules;
 mod plan;
 mod quantize;
 mod weight;
 
+pub use batch::BatchSizes;
 pub use dequantize::{Window, dequantize, dequantize_rows};
 pub use device::Device;
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
+pub use linear_batch::{BatchWorkspace, batch_sizes, linear_batch};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
 

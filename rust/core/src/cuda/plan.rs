@@ -254,6 +254,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::batch;
     use super::*;
     use crate::format::{BlockOrder, BlockSize, Format};
 
@@ -297,11 +298,21 @@ mod tests {
     }
 
     #[test]
+    fn every_batch_kernel_is_built() {
+        for (image, entry) in batch::entries() {
+            if let Some(image) = lowbit_kernels::image(image) {
+                assert!(image.entries.contains(&entry), "{entry}");
+            }
+        }
+    }
+
+    #[test]
     fn every_kernel_that_is_built_stands_in_a_line() {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().any(|name| name == *entry);
+                    || decode::entries().any(|name| name == *entry)
+                    || batch::entries().any(|(_, name)| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
             }
         }

@@ -1,0 +1,320 @@
+// The body of linear_batch.
+#pragma once
+
+#include "batch_decode.cuh"
+#include "batch_engine.cuh"
+#include "batch_feeder.cuh"
+#include "mbarrier.cuh"
+
+namespace lowbit {
+
+// Sums of up to 64 tokens and all rows of a tile, in the gaps of the table of codes. Rows change places by groups of 8, so
+// that lanes of a fragment, four tokens apart by two, meet no bank twice.
+struct BatchSums {
+  static constexpr int kTokens = kGapBytes / (kBatchRows * 4);
+  uint8_t* table;
+
+  __device__ __forceinline__ uint8_t* in_gap(int byte) const {
+    return table + byte / kGap * kTableStride + kGap + byte % kGap;
+  }
+  __device__ __forceinline__ float* at(int token, int row) const {
+    return reinterpret_cast<float*>(in_gap((token * kBatchRows + (row ^ (token >> 1 & 3) << 3)) * 4));
+  }
+  __device__ __forceinline__ float4* four_at(int place) const { return reinterpret_cast<float4*>(in_gap(place * 16)); }
+};
+
+template <typename T, typename Shape>
+struct Batch {
+  using Engine = BatchEngine<T, Shape>;
+  static constexpr int kTokens = Shape::kTokens, kConsumers = Shape::kConsumers;
+  const Weight& w;
+  const BatchOperands& operands;
+  uint8_t* table;
+  uint8_t* stages;
+  // The shuffle tells the compiler that a warp has one value.
+  int warp = __shfl_sync(kWholeWarp, threadIdx.x / 32, 0);
+  int lane = threadIdx.x % 32;
+  StepShare share;
+  BatchStage layout;
+  Ring ring;
+
+  __device__ __forceinline__ Batch(const Weight& w_, const BatchOperands& operands_, uint8_t* memory)
+      : w(w_),
+        operands(operands_),
+        table(memory),
+        stages(memory + kTableBytes),
+        share{operands_.steps_each, operands_.steps_rest},
+        layout(BatchStage::of(w_, operands_, Shape{})),
+        ring{shared_address(memory) + kTableBytes + operands_.stages * layout.bytes, operands_.stages} {}
+
+  __device__ __forceinline__ void run() {
+    if (blockDim.x != Shape::kThreads) __trap();
+    const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
+    if (threadIdx.x < ring.stages) {
+      init_barrier(ring.full(threadIdx.x), Shape::kCopiers + Shape::kScalers);
+      init_barrier(ring.free(threadIdx.x), kConsumers / 32);
+    }
+    __syncthreads();
+    if (begin == end) return;
+    if (warp < kConsumers / 32) {
+      take_registers<Shape>();
+      if (w.bits == 4) {
+        const BatchCodebook codebook(w, lane);
+        write_pair_table<T>(table, codebook.value * codebook.inverse, warp, kConsumers / 32, lane);
+        sync_consumers();
+      }
+      consume(begin, end);
+    } else {
+      leave_registers<Shape>();
+      const int thread = threadIdx.x - kConsumers;
+      if (thread < Shape::kCopiers) copy(begin, end, thread);
+      else scale(begin, end, thread - Shape::kCopiers);
+    }
+  }
+
+ private:
+  // Copies of half a ring are under way before the oldest is waited for. Whoever wrote what wgmma reads has to publish it
+  // after it has arrived: consumers cannot.
+  __device__ __forceinline__ void copy(int begin, int end, int thread) {
+    BatchCopier<Shape> copier(w, operands, layout, begin, thread);
+    const int ahead = ring.stages / 2;
+    RingPlace place, published;
+#pragma unroll 1
+    for (int step = begin; step < end + ahead; ++step) {
+      if (step < end) {
+        wait_for_phase(ring.free(place.stage), place.parity ^ 1);
+        copier.copy_step(shared_address(stages) + place.stage * layout.bytes);
+        place.advance(ring.stages);
+      }
+      commit_copies();
+      if (step - begin < ahead) continue;
+      wait_for_all_but(ahead);
+      publish_to_products();
+      arrive(ring.full(published.stage));
+      published.advance(ring.stages);
+    }
+  }
+
+  __device__ __forceinline__ void scale(int begin, int end, int thread) {
+    const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
+    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    RingPlace place;
+#pragma unroll 1
+    for (int step = begin; step < end; ++step) {
+      wait_for_phase(ring.free(place.stage), place.parity ^ 1);
+      scaler.store(stages + place.stage * layout.bytes, layout);
+      arrive(ring.full(place.stage));
+      place.advance(ring.stages);
+    }
+  }
+
+  // Until at most `pending` of the latest groups of copies are under way.
+  static __device__ __forceinline__ void wait_for_all_but(int pending) {
+    switch (pending) {
+      case 2: wait_for_copies<2>(); break;
+      case 3: wait_for_copies<3>(); break;
+      case 4: wait_for_copies<4>(); break;
+      default: wait_for_copies<1>(); break;
+    }
+  }
+
+  __device__ __forceinline__ void consume(int begin, int end) {
+    const int slice = Engine::slice(warp) * Engine::kSixteenths;
+    const BatchDecoder<T, Shape> decoder(w, operands, layout, table, Engine::row(warp, 0), slice, lane);
+    const uint32_t base = kept(shared_address(stages)), bytes = kept(layout.bytes);
+    const int count = ring.stages;
+    Engine engine(slice);
+    RingPlace place;
+    for (int step = begin; step < end;) {
+      const int tile = step / operands.steps, tile_end = min((tile + 1) * operands.steps, end);
+      engine.clear();
+#pragma unroll 1
+      for (; step < tile_end; ++step) {
+        wait_for_phase(ring.full(place.stage), place.parity);
+        multiply(engine, decoder, base + place.stage * bytes);
+        __syncwarp();
+        if (lane == 0) arrive(ring.free(place.stage));
+        place.advance(count);
+      }
+      engine.finish();
+      finish_tile(engine, tile);
+    }
+  }
+
+  // Among the threads that multiply.
+  __device__ __forceinline__ void sync_consumers() const { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+
+  __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<T, Shape>& decoder, uint32_t stage) {
+#pragma unroll
+    for (int first = 0; first < Engine::kSixteenths; first += Engine::kChunk) {
+      uint32_t a[Engine::kRowTiles][Engine::kChunk][4];
+#pragma unroll
+      for (int i = 0; i < Engine::kRowTiles; ++i) decoder.decode(a[i], stage, i, first);
+      engine.multiply(a, stage, first);
+    }
+  }
+
+  // Writes a tile, or what this CTA has of it.
+  __device__ __forceinline__ void finish_tile(Engine& engine, int index) {
+    const BatchTile tile(w, operands, kTokens, index);
+    const int first = share.owner(index * operands.steps), last = share.owner((index + 1) * operands.steps - 1);
+    add_slices(engine, tile.tokens_left);
+    if (first != last) {
+      if (Engine::slice(warp) == 0) store_fragments(engine, partial_of(blockIdx.x, index), tile.tokens_left);
+      if (!is_last_to_arrive(index, last - first + 1)) return;
+      if (Engine::slice(warp) == 0) add_partials(engine, tile.tokens_left, index, first, last);
+    }
+    write_tile(engine, tile);
+  }
+
+  // Sums of a lane for 8 tokens and 16 rows, and those of the other lanes of a slice, side by side: number `i` of them.
+  static constexpr int kSliceThreads = kConsumers / Engine::kSlices, kEights = kTokens / 8;
+  __device__ __forceinline__ static int fragment(int row_tile, int eight) {
+    return (row_tile * kEights + eight) * kSliceThreads + threadIdx.x % kSliceThreads;
+  }
+
+  // Adds the sums of the other slices of the in-features to the first one's, as many as have room at a time.
+  __device__ __forceinline__ void add_slices(Engine& engine, int tokens_left) {
+    if constexpr (Engine::kSlices == 1) return;
+    static_assert(Engine::kSlices <= 2, "one slice beside the first");
+    constexpr int kRoom = BatchSums::kTokens / 8;
+#pragma unroll
+    for (int begin = 0; begin < kEights; begin += kRoom) {
+      if (begin * 8 >= tokens_left) break;
+#pragma unroll
+      for (int slice = 1; slice >= 0; --slice) {
+        sync_consumers();
+        if (Engine::slice(warp) != slice) continue;
+#pragma unroll
+        for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+          for (int n = begin; n < kEights && n < begin + kRoom; ++n) {
+            const int place = (i * kRoom + n - begin) * kSliceThreads + threadIdx.x % kSliceThreads;
+            float4& sums = *BatchSums{table}.four_at(place);
+            float(&d)[4] = engine.d[i][n];
+            if (slice == 1) sums = make_float4(d[0], d[1], d[2], d[3]);
+            else d[0] += sums.x, d[1] += sums.y, d[2] += sums.z, d[3] += sums.w;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_fragments(const Engine& engine, float* partial, int tokens_left) const {
+#pragma unroll
+    for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+        if (n * 8 >= tokens_left) break;
+        const float(&d)[4] = engine.d[i][n];
+        reinterpret_cast<float4*>(partial)[fragment(i, n)] = make_float4(d[0], d[1], d[2], d[3]);
+      }
+    }
+  }
+
+  // The sums of all CTAs of a tile, in their order.
+  __device__ __forceinline__ void add_partials(Engine& engine, int tokens_left, int index, int first, int last) const {
+    engine.clear();
+    for (int cta = first; cta <= last; ++cta) {
+      const float4* from = reinterpret_cast<const float4*>(partial_of(cta, index));
+#pragma unroll
+      for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+        for (int n = 0; n < kEights; ++n) {
+          if (n * 8 >= tokens_left) break;
+          const float4 part = __ldcg(from + fragment(i, n));
+          float(&d)[4] = engine.d[i][n];
+          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float* partial_of(int cta, int index) const {
+    const int place = 2 * cta + (index * operands.steps > share.begin(cta) ? 1 : 0);
+    return operands.partials + static_cast<int64_t>(place) * kTokens * kBatchRows;
+  }
+
+  // Turns the first slice's sums, up to 64 tokens at a time, from fragments into rows of results.
+  __device__ __forceinline__ void write_tile(const Engine& engine, const BatchTile& tile) {
+    const BatchSums sums{table};
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int token = 0; token < kTokens; token += BatchSums::kTokens) {
+      if (token >= tile.tokens_left) break;
+      sync_consumers();
+#pragma unroll
+      for (int i = 0; i < Engine::kRowTiles; ++i) {
+#pragma unroll
+        for (int n = token / 8; n < kEights && n < (token + BatchSums::kTokens) / 8; ++n) {
+          if (Engine::slice(warp) != 0) break;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            *sums.at(n * 8 - token + t * 2 + j % 2, Engine::row(warp, i) + g + j / 2 * 8) = engine.d[i][n][j];
+          }
+        }
+      }
+      sync_consumers();
+      const int tokens = min(min(kTokens, tile.tokens_left) - token, BatchSums::kTokens);
+      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kConsumers) {
+        const int of = i / (kBatchRows / 4), row = i % (kBatchRows / 4) * 4;
+        write(tile, token + of, row, *reinterpret_cast<const float4*>(sums.at(of, row)));
+      }
+    }
+  }
+
+  // Whether the other parts of a tile have been written; then they are visible.
+  __device__ __forceinline__ bool is_last_to_arrive(int index, int parts) const {
+    __threadfence();
+    sync_consumers();
+    // Wraps around to 0 by itself.
+    uint32_t arrived = 0;
+    if (lane == 0 && warp == 0) arrived = atomicInc(operands.arrivals + index, parts - 1);
+    const bool is_last = any_consumer(arrived == static_cast<uint32_t>(parts - 1));
+    if (is_last) __threadfence();
+    return is_last;
+  }
+
+  __device__ __forceinline__ bool any_consumer(bool value) const {
+    uint32_t result;
+    asm volatile(
+        "{\n.reg .pred p, q;\nsetp.ne.u32 p, %1, 0;\nbarrier.red.or.pred q, 1, %2, p;\nselp.u32 %0, 1, 0, q;\n}"
+        : "=r"(result)
+        : "r"(static_cast<uint32_t>(value)), "n"(kConsumers)
+        : "memory");
+    return result != 0;
+  }
+
+  // Two results as they lie in memory.
+  template <typename U>
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return bits_of<U>(low) | bits_of<U>(high) << 16;
+  }
+
+  // Four rows of a token, with the bias.
+  __device__ __forceinline__ void write(const BatchTile& tile, int token, int row, const float4& sums) const {
+    float values[4] = {sums.x, sums.y, sums.z, sums.w};
+    T* out = static_cast<T*>(operands.out) + (tile.token + token) * w.rows + tile.row + row;
+    const int count = min(tile.rows_left - row, 4);
+    if (operands.bias != nullptr) {
+      for (int i = 0; i < count; ++i) values[i] += load(operands.bias, operands.bias_dtype, tile.row + row + i);
+    }
+    if (count == 4 && w.rows % 4 == 0) {
+      const uint2 packed = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3])};
+      *reinterpret_cast<uint2*>(out) = packed;
+      return;
+    }
+    for (int i = 0; i < count; ++i) out[i] = from_float<T>(values[i]);
+  }
+};
+
+}  // namespace lowbit
+
+// An entry for a type of activations, tokens of a tile and panels of a step.
+#define LOWBIT_BATCH(type, tokens, panels)                                                                  \
+  extern "C" __global__ void                                                                                   \
+      __launch_bounds__(lowbit::BatchShape<tokens, panels>::kThreads, 1) linear_batch_##type##_##tokens(    \
+      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands) {   \
+    extern __shared__ __align__(1024) uint8_t memory[];                                                     \
+    lowbit::Batch<lowbit::type, lowbit::BatchShape<tokens, panels>>(w, operands, memory).run();             \
+  }

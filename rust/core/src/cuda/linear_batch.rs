@@ -1,0 +1,111 @@
+//! `y = x @ W^T + bias` for more tokens than [`linear`](super::linear()) takes, where a kernel does that in less time than
+//! unpacking the weight.
+
+use super::batch::{self, BatchPlan, BatchShare, BatchSizes};
+use super::launch::{Argument, Arguments, Pointer, launch};
+use super::linear::{DeviceActivations, check_operands, is_vectorized};
+use super::plan::{Operation, Problem};
+use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
+use super::{Device, Queue};
+use crate::{Error, Result};
+
+/// Memory that a product needs meanwhile.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchWorkspace {
+    /// Float32.
+    pub partials: DeviceBuffer,
+    /// Int32: 0, and left as 0. No two products that may run at the same time have the same ones.
+    pub arrivals: DeviceBuffer,
+}
+
+/// As the kernels get them.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Operands {
+    x: Pointer,
+    bias: Pointer,
+    out: Pointer,
+    partials: Pointer,
+    arrivals: Pointer,
+    x_stride: u32,
+    tokens: i32,
+    bias_dtype: i32,
+    share: BatchShare,
+    reserved: i32,
+}
+
+const _: () = assert!(size_of::<Operands>() == 80, "as batch_plan.cuh has it");
+
+// SAFETY: `repr(C)`, the fields of `BatchOperands` in `batch_plan.cuh`.
+unsafe impl Argument for Operands {}
+
+/// The sizes of the workspace that [`linear_batch`] needs, and whether it takes less time than unpacking the weight; none
+/// where no kernel takes weight and activations.
+pub fn batch_sizes(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchSizes, bool)> {
+    planned(device, weight, x).map(|(planned, is_faster)| (planned.sizes, is_faster))
+}
+
+fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchPlan, bool)> {
+    let problem = Problem {
+        operation: Operation::Linear,
+        dtype: x.values.dtype,
+        spec: *weight.spec(),
+        layout: *weight.layout(),
+        count: x.tokens,
+        is_vectorized: is_vectorized(weight, x),
+    };
+    batch::plan(&problem, device.capability())
+}
+
+/// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
+/// `[tokens, rows]`, which is that of `x`. A weight is the product of a code's value, rounded to that dtype, and its scale,
+/// rounded once more.
+///
+/// # Errors
+/// `Unsupported` where [`batch_sizes`] gives none.
+///
+/// # Safety
+/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` or `workspace`
+/// meanwhile.
+pub unsafe fn linear_batch(
+    queue: Queue,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+    workspace: BatchWorkspace,
+) -> Result<()> {
+    let layout = weight.layout();
+    check_operands(&x, layout, bias, out)?;
+    if x.tokens == 0 || layout.rows == 0 {
+        return Ok(());
+    }
+    let (BatchPlan { plan, share, sizes }, _) =
+        planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
+            what: "a product with the packed weight",
+            reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
+        })?;
+    for (name, buffer, needed) in
+        [("partials", workspace.partials, sizes.partials), ("arrivals", workspace.arrivals, sizes.arrivals)]
+    {
+        if buffer.len < needed {
+            return Err(Error::invalid(name, format!("{} elements", buffer.len), format!("{needed}")));
+        }
+    }
+    let operands = Operands {
+        x: Pointer(x.values.buffer.address),
+        bias: Pointer(bias.map_or(0, |bias| bias.buffer.address)),
+        out: Pointer(out.buffer.address),
+        partials: Pointer(workspace.partials.address),
+        arrivals: Pointer(workspace.arrivals.address),
+        x_stride: u32::try_from(x.stride)
+            .map_err(|_| Error::invalid("x", format!("rows {} apart", x.stride), "fewer"))?,
+        tokens: x.tokens as i32,
+        bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
+        share,
+        reserved: 0,
+    };
+    let arguments = Arguments::new().with(weight.kernel()).with(&operands);
+    // SAFETY: the parameters of every kernel of `cuda/linear_batch.cu`; lengths were checked, the rest is the caller's.
+    unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
+}
