@@ -10,6 +10,7 @@ use std::arch::x86_64::{
 };
 use std::ops::Range;
 
+use super::ahead::{Ahead, prefetch_codes};
 use super::pack::{upper_halves, without_upper_half};
 use super::product::{CHUNK_STEPS, Numbers, PANEL_LINES, TILES_AT_ONCE};
 use super::tables::{GROUP_STEPS, GROUP_TILES, Pairs, Rows, TABLE_COLS};
@@ -107,36 +108,6 @@ fn block_shift(layout: &Layout) -> u32 {
 fn has_table_blocks(weight: &PackedWeight<'_>) -> bool {
     let layout = weight.layout();
     layout.block_size >= TABLE_COLS || layout.block_size >= layout.cols
-}
-
-/// What is asked for before its time. Chunks of rows are short pieces of memory, which the processor's own prefetchers do
-/// not follow.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    /// Codes to bring into the L2 cache beside the first row, and bytes from there to those of the next row.
-    codes: *const u8,
-    code_stride: usize,
-    /// A scale likewise.
-    scales: *const u8,
-    scale_stride: usize,
-}
-
-impl Ahead {
-    const NOTHING: Self = Self { codes: std::ptr::null(), code_stride: 0, scales: std::ptr::null(), scale_stride: 0 };
-
-    /// Asks for as many bytes of codes as row `index` takes, and brings the next row, from `near` on, into the L1 cache.
-    #[inline(always)]
-    pub(super) fn ask(self, simd: Avx512, index: usize, near: *const u8, bytes: usize) {
-        if self.codes.is_null() {
-            return;
-        }
-        let far = self.codes.wrapping_add(index * self.code_stride);
-        for line in (0..bytes).step_by(ROW_BYTES) {
-            simd.prefetch(far.wrapping_add(line));
-            simd.prefetch_near(near.wrapping_add(line));
-        }
-        simd.prefetch(self.scales.wrapping_add(index * self.scale_stride));
-    }
 }
 
 /// Fills panels of a strip of outputs with a chunk of terms each.
@@ -420,16 +391,6 @@ impl Job<'_> {
                 }
             }
         }
-    }
-}
-
-/// Asks for the codes of some columns of a row, which need not exist.
-#[inline(always)]
-pub(super) fn prefetch_codes(simd: Avx512, weight: &PackedWeight<'_>, row: usize, cols: &Range<usize>) {
-    let layout = weight.layout();
-    let first = weight.codes().as_ptr().wrapping_add(row * layout.row_bytes() + layout.bytes_of(cols.start));
-    for line in (0..layout.bytes_of(cols.len())).step_by(ROW_BYTES) {
-        simd.prefetch(first.wrapping_add(line));
     }
 }
 

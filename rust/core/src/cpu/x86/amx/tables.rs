@@ -4,7 +4,8 @@
 
 use std::ops::Range;
 
-use super::fill::{Ahead, prefetch_codes, split};
+use super::ahead::{Ahead, prefetch_codes};
+use super::fill::split;
 use super::product::{CHUNK_STEPS, LARGE_STRIP, PANEL_LINES};
 use super::tiles::{Line, ROWS};
 use crate::codebook::LEN;
