@@ -22,8 +22,8 @@ from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
-#: Bytes of the weight that are unpacked at once for a product with many tokens: the most memory that takes. Smaller parts,
-#: which stay in the L2 cache, take longer: what their launches and last blocks cost is more than the cache saves.
+#: Bytes of the weight that are unpacked at once for a product with many tokens: the most memory that takes. Smaller
+#: parts, which stay in the L2 cache, take longer: their launches and last blocks cost more than the cache saves.
 _PART_BYTES = 128 << 20
 #: Rows or columns of such a part are a multiple of this, so that the library finds whole tiles.
 _PART_STEP = 256
