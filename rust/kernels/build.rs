@@ -136,6 +136,15 @@ fn compile_all(
     if failures.is_empty() { Ok(images) } else { Err(failures.join("; ")) }
 }
 
+/// Whether an operation is compiled for `arch`: from its oldest target on. Where a target has the features of one architecture
+/// (`90a`), code without them (`90`) would be taken in its place, and code for others could not be made.
+fn has_machine_code(operation: &Operation, arch: &str) -> Result<bool, String> {
+    let oldest = &operation.targets[0];
+    let is_plain = operation.targets.contains(&format!("{arch}a"));
+    let is_bound = oldest.ends_with('a') && oldest != arch;
+    Ok(list::number(arch)? >= list::number(oldest)? && !is_plain && !is_bound)
+}
+
 fn compile(nvcc: &Path, root: &Path, operation: &Operation, archs: &[&str], image: &Path) -> Result<(), String> {
     let mut command = Command::new(nvcc);
     // Uncompressed, so that a test can read what is inside; a wheel is a compressed file anyway.
@@ -144,9 +153,8 @@ fn compile(nvcc: &Path, root: &Path, operation: &Operation, archs: &[&str], imag
     for target in &operation.targets {
         command.arg(format!("-gencode=arch=compute_{target},code=compute_{target}"));
     }
-    let oldest = list::number(&operation.targets[0])?;
     for arch in archs {
-        if list::number(arch)? >= oldest {
+        if has_machine_code(operation, arch)? {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }
     }

@@ -164,8 +164,8 @@ def check_gradient(packed: PackedWeight, tokens: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_weights_that_come_in_parts(tokens: int) -> None:
-    """More than one part of the weight, in both directions: 32 MiB of it are unpacked at once."""
-    packed = lowbit_rs.quantize(torch.randn(5000, 4352, device="cuda"))
+    """More than one part of the weight, in both directions: 128 MiB of it are unpacked at once."""
+    packed = lowbit_rs.quantize(torch.randn(9000, 4352, device="cuda"))
     x = torch.randn(tokens, 4352, device="cuda", requires_grad=True)
     y = lowbit_rs.linear(x, packed)
     assert_within(y.detach(), x.detach(), packed, None)
@@ -173,7 +173,7 @@ def test_weights_that_come_in_parts(tokens: int) -> None:
     wanted = packed.dequantize(torch.float32).double().sum(0)
     size = packed.dequantize(torch.float32).double().abs().sum(0)
     assert x.grad is not None
-    assert bool(((x.grad.double() - wanted).abs() <= 5008 * 2.0**-24 * 1.001 * size + 2.0**-24 * wanted.abs()).all())
+    assert bool(((x.grad.double() - wanted).abs() <= 9008 * 2.0**-24 * 1.001 * size + 2.0**-24 * wanted.abs()).all())
 
 
 @pytest.mark.parametrize("shape", [(300, 2048), (2000, 1024)], ids=str)

@@ -22,9 +22,9 @@ from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
-#: Bytes of the weight that are unpacked at once for a product with many tokens: they are read again while still in the
-#: L2 cache, which holds 40 MB and more on the GPUs that serve large models.
-_PART_BYTES = 32 << 20
+#: Bytes of the weight that are unpacked at once for a product with many tokens: the most memory that takes. Smaller
+#: parts, which stay in the L2 cache, take longer: their launches and last blocks cost more than the cache saves.
+_PART_BYTES = 128 << 20
 #: Rows or columns of such a part are a multiple of this, so that the library finds whole tiles.
 _PART_STEP = 256
 
@@ -176,7 +176,7 @@ def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tupl
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad, to which the weight is rounded, too.
 
-    The columns of the weight are unpacked and multiplied in parts that fit in the L2 cache. Each sum is in one product.
+    The columns of the weight are unpacked and multiplied in parts of bounded size. Each sum is in one product.
     """
     grad, tokens, _ = rows_of(grad)
     rows, cols = weight.rows, weight.cols
@@ -193,7 +193,7 @@ def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
 
 
 def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out[:, part] = x @ W[part].T + bias[part]`` for parts of the rows that fit in the L2 cache.
+    """``out[:, part] = x @ W[part].T + bias[part]`` for parts of the rows of bounded size.
 
     The weight is rounded to the dtype of x on the way, which tensor cores take; there is never more of it than a part.
     """

@@ -46,9 +46,9 @@ const START: [f64; 2] = [4000.0, 17.0];
 const SHARING: [f64; 2] = [4000.0, 95.0];
 /// Unpacking: bytes of a part, nanoseconds for each part, and bytes written a nanosecond. A library's product: its least
 /// time, bytes and operations a nanosecond. All on an H200.
-const PART_BYTES: f64 = (32 << 20) as f64;
-const UNPACKING: f64 = 2000.0;
-const UNPACKED_BYTES: f64 = 2800.0;
+const PART_BYTES: f64 = (128 << 20) as f64;
+const UNPACKING: f64 = 1000.0;
+const UNPACKED_BYTES: f64 = 1750.0;
 const PRODUCT: f64 = 3000.0;
 const PRODUCT_BYTES: f64 = 3900.0;
 const PRODUCT_OPERATIONS: f64 = 680_000.0;
@@ -144,7 +144,8 @@ impl Kernel {
             return None;
         }
         let (time, grid) = self.grid(tiles, steps, capability, way);
-        let is_shared = (tiles * steps / grid) % steps != 0 || (tiles * steps) % grid != 0;
+        let total = tiles * steps;
+        let is_shared = !total.is_multiple_of(grid) || !(total / grid).is_multiple_of(steps);
         let partials = if is_shared { 2 * grid * self.tokens * TILE_ROWS } else { 0 };
         let plan = Plan {
             image: self.image,
