@@ -125,12 +125,12 @@ def embedding(weight: CudaWeight, indices: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, threshold: float) -> Tensor:  # noqa: ARG001
     """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x.
 
-    Raises Unsupported for an ``activation`` other than "none": x is taken as it is.
+    Raises Unsupported for the ``activation`` "int8": x is taken as it is.
     """
-    if activation != "none":
+    if activation == "int8":
         raise unsupported(f'activation="{activation}" on CUDA', 'no kernel here rounds activations; take "none"')
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
@@ -145,6 +145,11 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
     result = (out.data_ptr(), tokens * weight.rows, values[2])
     _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), _MAY_OVERLAP)
     return out
+
+
+def rounded_from(weight: CudaWeight, activation: str, dtype: torch.dtype) -> int | None:  # noqa: ARG001
+    """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
+    return None
 
 
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lowbit_rs.files.checkpoint import Checkpoint, open_checkpoint
 from lowbit_rs.files.safetensors_format import brief
 from lowbit_rs.files.state import load_weights
 from lowbit_rs.integrations.checkpoints.convert import load_weight
-from lowbit_rs.integrations.checkpoints.registry import foreign_weights
+from lowbit_rs.integrations.checkpoints.registry import foreign_weights, product_options
 from lowbit_rs.integrations.checkpoints.source import TensorSource
 from lowbit_rs.integrations.transformers import LowbitConfig, LowbitQuantizer
 from lowbit_rs.nn import QuantLinear
@@ -116,9 +116,12 @@ def _class_of(config: Any) -> Any:
 
 
 def _quantization(checkpoint: Checkpoint) -> LowbitConfig:
-    """The options that a native checkpoint was packed with, as far as it says."""
-    said = checkpoint.config.get("quantization_config") if checkpoint.is_quantized else None
-    config: LowbitConfig = LowbitConfig.from_dict(dict(said) if isinstance(said, dict) else {})
+    """The options that a native checkpoint was packed with, as far as it says; of another, how it is multiplied."""
+    said = checkpoint.config.get("quantization_config")
+    said = dict(said) if isinstance(said, dict) else {}
+    if not checkpoint.is_quantized:
+        said = product_options(checkpoint)
+    config: LowbitConfig = LowbitConfig.from_dict(said)
     return config
 
 
@@ -130,6 +133,7 @@ def _hand_over(model: Any, quantization: LowbitConfig, dtype: torch.dtype | None
         if isinstance(module, QuantLinear):
             module.compute_dtype = quantization.compute_dtype_of(name)
             module.activation = quantization.activation_of(name)
+            module.threshold = quantization.threshold_of(name)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     model.hf_quantizer = LowbitQuantizer(quantization, pre_quantized=True)
