@@ -146,7 +146,13 @@ fn compile(nvcc: &Path, root: &Path, operation: &Operation, archs: &[&str], imag
     }
     let oldest = list::number(&operation.targets[0])?;
     for arch in archs {
-        if list::number(arch)? >= oldest {
+        // A target such as 90a is for that one architecture, others are for what is newer as well.
+        let is_served = match operation.targets[0].strip_suffix('a') {
+            Some(own) => arch.trim_end_matches('a') == own,
+            None => list::number(arch)? >= oldest,
+        };
+        if is_served {
+            let arch = if operation.targets[0].ends_with('a') { &operation.targets[0] } else { *arch };
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }
     }

@@ -8,6 +8,8 @@ mod decode;
 mod dequantize;
 mod device;
 mod driver;
+mod int8;
+mod int8_plan;
 mod launch;
 mod linear;
 mod modules;
@@ -17,6 +19,7 @@ mod weight;
 
 pub use dequantize::{Window, dequantize, dequantize_rows};
 pub use device::Device;
+pub use int8::{DeviceRows, SIDE_NUMBERS, codes_stride, linear_int8, outlier_words, round_rows, rounded_from};
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
