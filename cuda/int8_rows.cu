@@ -1,5 +1,5 @@
-// Rounds rows of activations to int8, a block for each: absmax, codes, and the columns of outliers, in one pass over x. And
-// gathers those columns of x and of the weight for the product.
+// Rounds rows of activations to int8, a block for each: absmax, codes, and the columns of outliers, in one pass over x.
+// And gathers those columns of x and of the weight for the product.
 #include "lowbit/int8_rows.cuh"
 #include "lowbit/ptx.cuh"
 
@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return __reduce_max_sync(~0u, threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
 }
 
-// Numbers of a row that lie side by side: 16 bytes, or one where rows do not begin where 16 may be read. They stay as they
-// were read, so that all of a thread's loads are under way before the first is waited for.
+// Numbers of a row that lie side by side: 16 bytes, or one where rows do not begin where 16 may be read. They stay as
+// they were read, so that all of a thread's loads are under way before the first is waited for.
 template <typename T, bool kIsVectorized>
 struct Unit {
   static constexpr int kCount = kIsVectorized ? 16 / sizeof(T) : 1;
@@ -93,7 +93,9 @@ class Row {
       const int index = i * blockDim.x + threadIdx.x;
       if (index < units && look(index, kept[i])) beyond |= 1u << i;
     }
-    for (int index = kKept * blockDim.x + threadIdx.x; index < units; index += blockDim.x) look(index, U::load(x_, index));
+    for (int index = kKept * blockDim.x + threadIdx.x; index < units; index += blockDim.x) {
+      look(index, U::load(x_, index));
+    }
     const float absmax = __uint_as_float(block_max(most_));
     float inverse = __fdiv_rn(kLargestInt8, absmax);
     const bool is_tiny = magnitude(inverse) >= 0x7f800000 && absmax < 1.0f;
@@ -169,8 +171,8 @@ __device__ __forceinline__ void round_row(const RowOperands& o) {
 
 constexpr int kGatherThreads = 256;
 
-// Lists flagged columns in order, the first ones in shared memory and in one block all of them in global memory; returns
-// their number.
+// Lists flagged columns in order, the first ones in shared memory and in one block all of them in global memory;
+// returns their number.
 __device__ __forceinline__ int list_columns(const Outliers& outliers, int32_t (&columns)[kSideCapacity]) {
   __shared__ int32_t of_warp[kGatherThreads / 32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -202,8 +204,8 @@ __device__ __forceinline__ int list_columns(const Outliers& outliers, int32_t (&
   return total;
 }
 
-// Rows of what is multiplied beside the integers: columns of outliers side by side in 16 bits. Rows of x come first, with
-// what they are beyond their codes, then rows of the weight. Threads have numbers of several rows at once.
+// Rows of what is multiplied beside the integers: columns of outliers side by side in 16 bits. Rows of x come first,
+// with what they are beyond their codes, then rows of the weight. Threads have numbers of several rows at once.
 template <typename T>
 __device__ __forceinline__ void gather_rows(const GatherOperands& o) {
   using Number = typename Side<T>::Number;
@@ -219,8 +221,9 @@ __device__ __forceinline__ void gather_rows(const GatherOperands& o) {
   if (threadIdx.x / padded >= at_once) return;
   const int column = slot < count ? columns[slot / kParts] : 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * at_once;
+  const int64_t rows = static_cast<int64_t>(o.tokens) + o.rows;
 #pragma unroll 4
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * at_once + threadIdx.x / padded; row < o.tokens + o.rows; row += step) {
+  for (int64_t row = int64_t{blockIdx.x} * at_once + threadIdx.x / padded; row < rows; row += step) {
     const bool is_x = row < o.tokens;
     const int64_t output = row - o.tokens;
     Number number = from_float<Number>(0.0f);

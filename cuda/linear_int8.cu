@@ -1,4 +1,5 @@
-// y = x w^T + bias with both in int8 and one scale for each row of either, on Hopper: see include/lowbit/int8_product.cuh.
+// y = x w^T + bias with both in int8 and one scale for each row of either, on Hopper: see
+// include/lowbit/int8_product.cuh.
 #include "lowbit/int8_product.cuh"
 
 #define ENTRY(name, type, columns, blocks)                                                               \

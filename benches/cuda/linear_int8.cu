@@ -1,8 +1,8 @@
 // Checks int8_rows and linear_int8 against fp64 and times them: nvcc -std=c++17 -O3 -I cuda/include
 // -gencode arch=compute_90a,code=sm_90a -o linear_int8 benches/cuda/linear_int8.cu && ./linear_int8 [check|time|all]
 //
-// Times are medians of CUDA-graph replays over weights and activations that rotate through more than 300 MB. "rows" rounds
-// the activations, "product" multiplies, "both" is what a layer does: zeroes flags, rounds, multiplies.
+// Times are medians of CUDA-graph replays over weights and activations that rotate through more than 300 MB. "rows"
+// rounds the activations, "product" multiplies, "both" is what a layer does: zeroes flags, rounds, multiplies.
 #include <cuda.h>
 
 #include <algorithm>
@@ -157,7 +157,8 @@ Buffers allocate(const Shape& s, int tokens) {
   return b;
 }
 void release(Buffers& b) {
-  for (void* p : {(void*)b.x, (void*)b.out, (void*)b.bias, (void*)b.w, (void*)b.codes, (void*)b.scales, (void*)b.w_scales,
+  for (void* p : {(void*)b.x, (void*)b.out, (void*)b.bias, (void*)b.w, (void*)b.codes, (void*)b.scales,
+                  (void*)b.w_scales,
                   (void*)b.outliers, (void*)b.x_side, (void*)b.w_side}) {
     CHECK(cudaFree(p));
   }
@@ -173,7 +174,8 @@ void round_rows(const Buffers& b, const Shape& s, int tokens, float threshold, c
     int8_elements_bfloat16<<<tokens, threads, 0, stream>>>(o);
   }
   if (threshold <= 0) return;
-  const GatherOperands g{b.x, b.codes, b.scales, b.outliers, b.w, b.x_side, b.w_side, s.cols, s.cols, s.cols, s.rows, tokens};
+  const GatherOperands g{b.x,      b.codes, b.scales, b.outliers, b.w,    b.x_side,
+                         b.w_side, s.cols,  s.cols,   s.cols,     s.rows, tokens};
   cudaLaunchConfig_t config = {};
   config.gridDim = std::min((tokens + s.rows + 7) / 8, 8 * multiprocessors);
   config.blockDim = 256;
@@ -187,7 +189,8 @@ void round_rows(const Buffers& b, const Shape& s, int tokens, float threshold, c
 }
 
 ProductOperands operands(const Buffers& b, const Shape& s, int tokens, float threshold) {
-  return {b.x,    b.codes, b.scales, threshold > 0 ? b.outliers : nullptr, b.w, b.w_scales, b.bias, b.out, s.cols, s.cols,
+  return {b.x,    b.codes, b.scales, threshold > 0 ? b.outliers : nullptr, b.w, b.w_scales, b.bias, b.out, s.cols,
+          s.cols,
           s.cols, s.rows,  tokens,   Dtype::kFloat32,  Dtype::kBfloat16,      s.rows % 8 == 0};
 }
 
@@ -227,7 +230,8 @@ bool check(const Shape& s, int tokens, float threshold, int every) {
   CHECK(cudaMalloc(&is_outlier, 4 * s.cols));
   const float limit = threshold > 0 ? threshold : INFINITY;
   mark<<<(s.cols + 255) / 256, 256>>>(b.x, tokens, s.cols, limit, is_outlier);
-  multiply_in_fp64<<<dim3((s.rows + 127) / 128, tokens), 128>>>(operands(b, s, tokens, threshold), limit, is_outlier, exact);
+  const ProductOperands o = operands(b, s, tokens, threshold);
+  multiply_in_fp64<<<dim3((s.rows + 127) / 128, tokens), 128>>>(o, limit, is_outlier, exact);
   std::vector<double> want(size_t{1} * tokens * s.rows);
   std::vector<T> got(want.size());
   CHECK(cudaMemcpy(want.data(), exact, 8 * want.size(), cudaMemcpyDeviceToHost));
@@ -249,8 +253,8 @@ bool check(const Shape& s, int tokens, float threshold, int every) {
     is_right &= is_fine;
     int32_t found = 0;
     if (threshold > 0) CHECK(cudaMemcpy(&found, b.outliers + (s.cols + 31) / 32, 4, cudaMemcpyDeviceToHost));
-    std::printf("%s %dx%d M=%d threshold %g outliers %d %s: relative %.2e worst %.3g\n", is_fine ? "ok  " : "BAD ", s.rows, s.cols,
-                tokens, threshold, found, v.name, relative, worst);
+    std::printf("%s %dx%d M=%d threshold %g outliers %d %s: relative %.2e worst %.3g\n", is_fine ? "ok  " : "BAD ",
+                s.rows, s.cols, tokens, threshold, found, v.name, relative, worst);
   }
   CHECK(cudaFree(exact));
   CHECK(cudaFree(is_outlier));
@@ -302,7 +306,8 @@ void time_shape(const Shape& s, int tokens) {
     const double rows = time_graph(calls, [&](int i, cudaStream_t stream) {
       round_rows(pool[i % sets], s, tokens, threshold, stream);
     });
-    std::printf("%5dx%-5d M=%-4d outliers %s: rows %6.1f us", s.rows, s.cols, tokens, every > 0 ? "0.5%" : "none", rows);
+    const char* share = every > 0 ? "0.5%" : "none";
+    std::printf("%5dx%-5d M=%-4d outliers %s: rows %6.1f us", s.rows, s.cols, tokens, share, rows);
     for (const Variant& v : kVariants) {
       const double product = time_graph(calls, [&](int i, cudaStream_t stream) {
         multiply(v, pool[i % sets], s, tokens, threshold, false, stream);

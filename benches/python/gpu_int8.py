@@ -47,6 +47,8 @@ class Rival:
     has_outliers: bool = False
     dtype: torch.dtype = torch.bfloat16
     least_tokens: int = 1
+    #: Whether a CUDA graph can hold it: what waits for the GPU cannot be captured.
+    is_captured: bool = True
 
 
 def dense(weight: Tensor) -> tuple[Call, int]:
@@ -111,7 +113,7 @@ RIVALS = (
     Rival("torch bf16", dense),
     Rival("torch._int_mm", int_mm, least_tokens=32),
     Rival("bitsandbytes, threshold 0", theirs(0.0), dtype=torch.float16),
-    Rival("bitsandbytes, threshold 6", theirs(6.0), has_outliers=True, dtype=torch.float16),
+    Rival("bitsandbytes, threshold 6", theirs(6.0), has_outliers=True, dtype=torch.float16, is_captured=False),
     Rival("W8A16", ours("none", None)),
     Rival("W8A8", ours("int8", None), least_tokens=17),
     Rival("W8A8, product", product, least_tokens=17),
@@ -149,7 +151,7 @@ def measure_shape(shape: tuple[int, int], arguments: argparse.Namespace, console
         calls = [first, *[rival.make(weight)[0] for _ in range(copies_for(stored) - 1)]]
         for tokens in (count for count in arguments.tokens if count >= rival.least_tokens):
             x = activations(tokens, shape[1], rival)
-            seconds, how = _time(calls, x, len(calls) if tokens <= 512 else min(len(calls), 6))
+            seconds, how = _time(rival, calls[: len(calls) if tokens <= 512 else 6], x)
             eager = eager_seconds(lambda calls=calls, x=x: calls[0](x), 200) if arguments.eager else None  # type: ignore[misc]
             row = {"rival": rival.name, "shape": list(shape), "tokens": tokens, "seconds": seconds, "timed": how}
             rows.append({**row, "eager_s": eager, "outlier_columns": _OUTLIERS if rival.has_outliers else 0.0})
@@ -168,16 +170,14 @@ def activations(tokens: int, cols: int, rival: Rival) -> Tensor:
     return x.to(rival.dtype)
 
 
-def _time(calls: list[Call], x: Tensor, count: int) -> tuple[float, str]:
+def _time(rival: Rival, calls: list[Call], x: Tensor) -> tuple[float, str]:
     """The time of a call in a graph, or where it cannot be captured that of eager calls in a row."""
     for call in calls:
         call(x)
     torch.cuda.synchronize()
-    try:
-        return graph_seconds([lambda call=call: call(x) for call in calls[:count]], 12), "graph"  # type: ignore[misc]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return eager_seconds(lambda: calls[0](x), 60), "eager"
+    if rival.is_captured:
+        return graph_seconds([lambda call=call: call(x) for call in calls], 12), "graph"  # type: ignore[misc]
+    return eager_seconds(lambda: calls[0](x), 60), "eager"
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def main() -> None:
     budget = replace(compare.FULL, windows=parser.parse_args().windows)
     original = load_model(model_file()).to(dtype=torch.bfloat16)
     tokens = compare.read_tokens(load_tokenizer(model_file()), budget)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, activation, threshold in _SETTINGS:
         model = copy.deepcopy(original)
         if activation is not None:
@@ -45,7 +46,7 @@ def main() -> None:
             lowbit_rs.quantize_model(model, "int8", "row", **options)  # type: ignore[arg-type]
         perplexity = score(model, tokens, compare.WINDOW).perplexity
         first = rows[0]["perplexity"] if rows else perplexity
-        rows.append({"setting": name, "perplexity": perplexity, "over_original": perplexity / first - 1})  # type: ignore[operator]
+        rows.append({"setting": name, "perplexity": perplexity, "over_original": perplexity / first - 1})
         print(f"{name}: {perplexity:.3f}, {rows[-1]['over_original']:+.2%}", flush=True)
     print(f"wrote {save('int8_quality', rows, model=NAME, tokens=tokens.numel(), isa=_native.isa())}")
 

@@ -1,14 +1,14 @@
 // The product of int8 rows with int8 weights by row on Hopper's matrix units.
 //
-// A block has a tile of 128 tokens and kN outputs at a time. Of its three warp groups the first feeds the others: one thread
-// copies tiles of 128 bytes of the sum by tensor maps into a ring in shared memory, three warps gather what else a tile needs.
-// The other two multiply, 64 tokens each, sums in registers. In a cluster of two blocks, which lie above each other, each
-// copies half of the weights to both.
+// A block has a tile of 128 tokens and kN outputs at a time. Of its three warp groups the first feeds the others: one
+// thread copies tiles of 128 bytes of the sum by tensor maps into a ring in shared memory, three warps gather what else
+// a tile needs. The other two multiply, 64 tokens each, sums in registers. In a cluster of two blocks, which lie above
+// each other, each copies half of the weights to both.
 //
-// Columns of outliers: sums in int32 become fp32 and meet the scale of their row; then what x is beyond its codes, in 16 bits,
-// times the codes of the weight is added by the same units. Most come through the ring as well, from where `int8_gather` put
-// them side by side; what that has no room for is gathered here, 64 bytes at a time. The scale of a weight's row and the bias
-// follow, in fp32, and the one rounding.
+// Columns of outliers: sums in int32 become fp32 and meet the scale of their row; then what x is beyond its codes, in
+// 16 bits, times the codes of the weight is added by the same units. Most come through the ring as well, from where
+// `int8_gather` put them side by side; what that has no room for is gathered here, 64 bytes at a time. The scale of a
+// weight's row and the bias follow, in fp32, and the one rounding.
 #pragma once
 
 #include "int8_rows.cuh"
@@ -20,7 +20,8 @@ struct alignas(64) TensorMap {
   uint8_t bytes[128];
 };
 
-// Of the codes of activations and of the weight, and of the columns of outliers of both; as in rust/core/src/cuda/int8.rs.
+// Of the codes of activations and of the weight, and of the columns of outliers of both; as in
+// rust/core/src/cuda/int8.rs.
 struct ProductMaps {
   TensorMap x, w, x_side, w_side;
 };
@@ -163,7 +164,8 @@ class Product {
   }
 
   // 128 bytes of every row of the tile, from `column` of either matrix on.
-  __device__ __forceinline__ void copy_stage(const Tile& t, int stage, const TensorMap& x, const TensorMap& w, int column) const {
+  __device__ __forceinline__ void copy_stage(const Tile& t, int stage, const TensorMap& x, const TensorMap& w,
+                                             int column) const {
     const uint32_t to = ring_ + stage * kStageBytes;
     const uint32_t weights = to + kTileTokens * kStageRow;
     copy_box(to, &x, full(stage), column, t.token);
@@ -171,7 +173,8 @@ class Product {
       copy_box(weights, &w, full(stage), column, t.output);
     } else {
       constexpr int kPart = kN / kCluster;
-      copy_box_to((1 << kCluster) - 1, weights + rank_ * kPart * kStageRow, &w, full(stage), column, t.output + rank_ * kPart);
+      const uint32_t part = weights + rank_ * kPart * kStageRow;
+      copy_box_to((1 << kCluster) - 1, part, &w, full(stage), column, t.output + rank_ * kPart);
     }
   }
 
@@ -283,7 +286,8 @@ class Product {
 
   __device__ __forceinline__ void add_stage(int stage, int group, int32_t (&sums)[kN / 2], bool is_sum) const {
     const uint32_t from = ring_ + stage * kStageBytes;
-    const uint64_t x = operand_of_128(from + 64 * group * kStageRow), w = operand_of_128(from + kTileTokens * kStageRow);
+    const uint64_t x = operand_of_128(from + 64 * group * kStageRow);
+    const uint64_t w = operand_of_128(from + kTileTokens * kStageRow);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kStageRow / 32; ++k) Products<kN>::add(sums, x + 2 * k, w + 2 * k, is_sum || k > 0);
@@ -293,7 +297,8 @@ class Product {
   // Adds so many columns of outliers at most.
   __device__ __forceinline__ void add_side(int stage, int group, int columns, int32_t (&y)[kN / 2]) const {
     const uint32_t from = ring_ + stage * kStageBytes;
-    const uint64_t x = operand_of_128(from + 64 * group * kStageRow), w = operand_of_128(from + kTileTokens * kStageRow);
+    const uint64_t x = operand_of_128(from + 64 * group * kStageRow);
+    const uint64_t w = operand_of_128(from + kTileTokens * kStageRow);
     const int count = min((columns + 15) / 16, kStageColumns / 16);
     products_begin();
 #pragma unroll 1
@@ -328,7 +333,8 @@ class Product {
       barrier_wait(side_full(), side_parity);
       if (outliers_ > 0) {
         const uint32_t from = ring_ + side_;
-        const uint64_t x = operand_of_64(from + 64 * group * kSideRow), w = operand_of_64(from + kTileTokens * kSideRow);
+        const uint64_t x = operand_of_64(from + 64 * group * kSideRow);
+        const uint64_t w = operand_of_64(from + kTileTokens * kSideRow);
         products_begin();
         Products<kN>::add(y, x, w, Number());
         Products<kN>::add(y, x + 2, w + 2, Number());
@@ -409,7 +415,8 @@ class Product {
     if (is_inside) *reinterpret_cast<uint4*>(row + 8 * (i + thread % 4)) = make_uint4(v[0], v[1], v[2], v[3]);
   }
 
-  __device__ __forceinline__ void store_elements(const Tile& t, int thread, int half, const int32_t (&y)[kN / 2], T* row) const {
+  __device__ __forceinline__ void store_elements(const Tile& t, int thread, int half, const int32_t (&y)[kN / 2],
+                                                 T* row) const {
 #pragma unroll
     for (int i = 0; i < kN / 8; ++i) {
       const int column = 8 * i + thread % 4 * 2;

@@ -1,8 +1,9 @@
 // Activations in int8 with a scale for each row, and the columns of outliers beside them: what `LLM.int8()` multiplies
 // (Dettmers et al., arXiv 2208.07339).
 //
-// A number is an outlier unless its magnitude is below the threshold, and a column is one of outliers if any of its numbers
-// is. An outlier's code is 0; the other codes of such a column stay, and the product adds what x is beyond them.
+// A number is an outlier unless its magnitude is below the threshold, and a column is one of outliers if any of its
+// numbers is. An outlier's code is 0; the other codes of such a column stay, and the product adds what x is beyond
+// them.
 #pragma once
 
 #include "dtype.cuh"
@@ -11,8 +12,8 @@ namespace lowbit {
 
 constexpr float kLargestInt8 = 127.0f;
 
-// Where the outliers of a call are told of, int32: a bit for each column, zero at the start; how many columns have them, and
-// which, in ascending order. As in rust/core/src/cuda/int8.rs.
+// Where the outliers of a call are told of, int32: a bit for each column, zero at the start; how many columns have
+// them, and which, in ascending order. As in rust/core/src/cuda/int8.rs.
 struct Outliers {
   int32_t* memory;
   int32_t words;

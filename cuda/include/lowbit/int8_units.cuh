@@ -1,5 +1,5 @@
-// Hopper's matrix units, the copies that feed them, and the barriers between the two. PTX ISA: wgmma, cp.async.bulk.tensor,
-// mbarrier.
+// Hopper's matrix units, the copies that feed them, and the barriers between the two. PTX ISA: wgmma,
+// cp.async.bulk.tensor, mbarrier.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 }
 
 // Makes initialized barriers visible to the cluster and to copies.
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -69,8 +71,8 @@ __device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.asy
 
 __device__ __forceinline__ void copy_box(uint32_t to, const void* map, uint32_t barrier, int32_t x, int32_t y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
@@ -79,8 +81,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, uint32_t 
 __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const void* map, uint32_t barrier, int32_t x,
                                             int32_t y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
-      "%4}], [%2], %5;" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
       : "memory");
 }
@@ -99,7 +101,8 @@ __device__ __forceinline__ void take_registers() {
 
 // ---- products of a warp group: d[64 x kN] += a[64 x 32 bytes] b[kN x 32 bytes]^T, both in shared memory
 
-// Operands whose rows are of 128 or 64 bytes, swizzled by as much (PTX ISA: matrix descriptor). 8 rows follow each other.
+// Operands whose rows are of 128 or 64 bytes, swizzled by as much (PTX ISA: matrix descriptor). 8 rows follow each
+// other.
 __device__ __forceinline__ uint64_t operand_of_128(uint32_t address) {
   return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
 }
@@ -115,8 +118,8 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Of int8 into int32, or of 16-bit floats into fp32, whose bits then stand in the same registers: so that sums of one kind can
-// become sums of the other in place.
+// Of int8 into int32, or of 16-bit floats into fp32, whose bits then stand in the same registers: so that sums of one
+// kind can become sums of the other in place.
 template <int kN>
 struct Products;
 

@@ -1,7 +1,7 @@
 //! `LLM.int8()` on a GPU (arXiv 2208.07339): rows of activations to int8, and their product with int8 weights by row.
 //!
-//! Rounding and multiplying are two steps, so that one rounding serves several products, and so that a kernel that makes
-//! activations may round them itself.
+//! Rounding and multiplying are two steps, so that one rounding serves several products, and so that a kernel that
+//! makes activations may round them itself.
 
 use std::mem::MaybeUninit;
 
@@ -207,7 +207,8 @@ impl TensorMap {
         let (sizes, strides) = ([cols as u64, rows as u64], [row_bytes as u64]);
         let (boxes, steps) = ([BOX_BYTES / size, box_rows as u32], [1, 1]);
         let mut map = MaybeUninit::<Self>::uninit();
-        // SAFETY: writes one map; the arrays have an element for each dimension, strides one less. The address is not read.
+        // SAFETY: writes one map; the arrays have an element for each dimension, strides one less. The address is not
+        // read.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 map.as_mut_ptr().cast(),
@@ -246,8 +247,8 @@ fn obstacle(weight: &DeviceWeight, capability: Capability) -> Option<String> {
     (!is_aligned).then(|| format!("its kernels take columns in multiples of 16, and the weight has {}", layout.cols))
 }
 
-/// From how many tokens on a product rounds its activations to int8: with `is_choosy` from where that pays, and else from where
-/// no kernel takes so few as they are. An error says why never.
+/// From how many tokens on a product rounds its activations to int8: with `is_choosy` from where that pays, and else
+/// from where no kernel takes so few as they are. An error says why never.
 pub fn rounded_from(device: &Device, weight: &DeviceWeight, is_choosy: bool) -> Result<usize> {
     let layout = weight.layout();
     let reason = obstacle(weight, device.capability());
@@ -260,13 +261,12 @@ pub fn rounded_from(device: &Device, weight: &DeviceWeight, is_choosy: bool) -> 
     from.map_err(|reason| Error::Unsupported { what: "activation=\"int8\" on this GPU", reason })
 }
 
-/// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]` with x as `rows` has it, in int8 but for columns of outliers, which are
-/// taken from `x`. Summed in int32 and fp32, and rounded once to the dtype of `out`, which is that of `x`. With outliers,
-/// `side` has [`SIDE_NUMBERS`] int16 for each token and each row of the weight.
+/// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]` with x as `rows` has it, in int8 but for columns of outliers, which
+/// are taken from `x`. Summed in int32 and fp32, and rounded once to the dtype of `out`, which is that of `x`. With
+/// outliers, `side` has [`SIDE_NUMBERS`] int16 for each token and each row of the weight.
 ///
-/// # Safety
-/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` and `side`
-/// meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
+/// # Safety All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out`
+/// and `side` meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
 pub unsafe fn linear_int8(
     queue: Queue,
     weight: &DeviceWeight,

@@ -57,7 +57,7 @@ macro_rules! product {
     };
 }
 
-/// Times are those of an H200 (docs/int8.md).
+/// Times are those of an H200, as `benches/cuda/linear_int8.cu` measures them.
 const PRODUCTS: &[Product] = &[product!(256, 2, 0.84), product!(128, 1, 0.42), product!(64, 1, 0.24)];
 /// Microseconds that a tile takes beside its steps, and that a call takes beside its tiles and rows: three launches and
 /// what one waits for the other.
@@ -67,8 +67,11 @@ const CALL_US: f32 = 9.5;
 const ROUNDED_BYTES: f32 = 2.5e6;
 const FLOAT_BYTES: f32 = 4.3e6;
 const FLOAT_PRODUCTS: f32 = 360e6;
+/// Microseconds in which a weight is unpacked for a product of floats. With kernels that take more tokens beside weights as
+/// they are, this is 0, and rounding begins to pay later.
+const UNPACKED_US: f32 = 1.2e-6;
 /// The fewest tokens that are worth rounding: with fewer, reading the weight takes the time.
-const LEAST_TOKENS: usize = 128;
+const LEAST_TOKENS: usize = 32;
 
 impl Product {
     fn groups(&self, capability: Capability) -> usize {
@@ -93,15 +96,17 @@ impl Product {
     }
 }
 
-/// From how many tokens on rounding activations pays beside a product of 16-bit floats, by powers of two.
+/// From how many tokens on rounding activations pays beside unpacking the weight for a product of 16-bit floats, by powers
+/// of two.
 pub(super) fn pays_from(layout: &Layout, capability: Capability) -> Option<usize> {
     let (rows, cols) = (layout.rows as f32, layout.cols as f32);
     let pays = |&tokens: &usize| {
         let count = tokens as f32;
         let rounded = CALL_US + 3.0 * count * cols / ROUNDED_BYTES + Product::fastest(layout, tokens, capability).1;
-        rounded < (2.0 * rows * cols / FLOAT_BYTES).max(count * rows * cols / FLOAT_PRODUCTS)
+        let floats = (2.0 * rows * cols / FLOAT_BYTES).max(count * rows * cols / FLOAT_PRODUCTS);
+        rounded < floats + UNPACKED_US * rows * cols
     };
-    (0..8).map(|doubled| LEAST_TOKENS << doubled).find(pays)
+    (0..10).map(|doubled| LEAST_TOKENS << doubled).find(pays)
 }
 
 /// Names of all kernels.
@@ -136,8 +141,8 @@ pub(super) fn gather(dtype: Dtype, rows: usize, capability: Capability) -> Plan 
     Plan { is_dependent: capability.compute >= 90, ..plan }
 }
 
-/// The product of so many tokens with a weight, by the kernel whose tiles fill the multiprocessors in the least time; and
-/// how many rows of the weight it copies at once.
+/// The product of so many tokens with a weight, by the kernel whose tiles fill the multiprocessors in the least time;
+/// and how many rows of the weight it copies at once.
 pub(super) fn product(dtype: Dtype, layout: &Layout, tokens: usize, capability: Capability) -> (Plan, usize) {
     let (product, _) = Product::fastest(layout, tokens, capability);
     let groups = product.groups(capability);
@@ -168,7 +173,7 @@ mod tests {
     #[test]
     fn large_products_are_worth_rounding() {
         for (rows, cols, from) in
-            [(4096, 4096, Some(1024)), (14336, 4096, Some(128)), (8192, 28672, Some(128)), (64, 256, None)]
+            [(4096, 4096, Some(32)), (14336, 4096, Some(32)), (8192, 28672, Some(32)), (64, 256, None)]
         {
             assert_eq!(pays_from(&layout(rows, cols), HOPPER), from, "{rows} x {cols}");
         }
