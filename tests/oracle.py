@@ -146,3 +146,37 @@ def factor_rounding(packed: PackedWeight, x: Tensor) -> Tensor:
         magnitude += per_weight(packed, packed.shift.double().abs())
     rounded: Tensor = (largest * 0.5 / 8192) @ magnitude.T
     return total + rounded
+
+
+@dataclass(frozen=True)
+class Int8Product:
+    """``LLM.int8()`` by its definition (arXiv 2208.07339): the product in float64, and what it was made of."""
+
+    y: Tensor
+    codes: Tensor
+    scales: Tensor
+    columns: Tensor
+    #: What fp32 sums of the same terms, in any order, may be off by.
+    error: Tensor
+
+
+def linear_int8(packed: PackedWeight, x: Tensor, threshold: float) -> Int8Product:
+    """x [tokens, K] in int8 with a scale a row times a weight in int8 by row: [tokens, N].
+
+    A number is an outlier unless its magnitude is below the threshold, 0 being none. Columns with an outlier in any row
+    are multiplied as they are; a row's scale is the largest of its other magnitudes over 127.
+    """
+    values = x.float()
+    is_outlier = ~(values.abs() < (threshold or math.inf))
+    absmax = values.abs().masked_fill(is_outlier, 0).amax(1, keepdim=True)
+    # `127 / absmax` would be the reciprocal times 127, rounded twice.
+    scales, inverse = absmax / 127, torch.full_like(absmax, 127) / absmax
+    rounded = torch.where(inverse.isfinite(), values.masked_fill(is_outlier, 0) * inverse, 0).round()
+    scales = torch.where(inverse.isfinite(), scales, 0)
+    columns = is_outlier.any(0).nonzero().flatten()
+    rounded[:, columns] = 0
+    factors = rounded.double() * scales.double()
+    factors[:, columns] = values[:, columns].double()
+    weights = codes(packed).double() * packed.scale.double()
+    magnitude = factors.abs() @ weights.abs().T
+    return Int8Product(factors @ weights.T, rounded, scales, columns, (x.shape[1] + 16) * 2.0**-24 * magnitude)

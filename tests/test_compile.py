@@ -58,10 +58,10 @@ def test_embedding(weight: list[Any]) -> None:
 @pytest.mark.parametrize("shape", [(75,), (3, 75), (2, 0, 75)])
 def test_linear(weight: list[Any], shape: tuple[int, ...]) -> None:
     x = torch.randn(*shape)
-    check(OPS.linear.default, x, None, *weight, "none")
+    check(OPS.linear.default, x, None, *weight, "none", 0.0)
     bias = torch.randn(24, dtype=torch.bfloat16, requires_grad=True)
-    for activation in ("none", "int8"):
-        check(OPS.linear.default, x.requires_grad_(), bias, *weight, activation)
+    for activation in ("none", "int8", "auto"):
+        check(OPS.linear.default, x.requires_grad_(), bias, *weight, activation, 6.0)
 
 
 def test_operators_have_no_defaults() -> None:

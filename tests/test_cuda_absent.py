@@ -30,10 +30,10 @@ def test_work_on_a_machine_without_a_gpu_is_refused_before_it_starts() -> None:
         _native.cuda_dequantize(weight, (0, 0, 1, 64), (0, 64, "float32"), 0)
 
 
-def test_activations_are_not_rounded_on_cuda() -> None:
+def test_activations_are_rounded_beside_rows_of_int8_alone() -> None:
     weight = CudaWeight(0, Spec("nf4", 64), 1, 64, (0, 32), (0, 1))
     with pytest.raises(Unsupported, match=r'activation="int8" on CUDA: not supported: .*take "none"'):
-        cuda.linear(weight, torch.zeros(1, 64), None, "int8")
+        cuda.linear(weight, torch.zeros(1, 64), None, "int8", 6.0)
 
 
 def test_lengths_are_checked_without_a_gpu() -> None:

@@ -119,11 +119,24 @@ def checkpoint(path: Path, layout: str, model: Any = None, **changes: Any) -> tu
     return path, model
 
 
+def exact(model: Any) -> Any:
+    """The model, no activation of which is rounded."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.activation = "none"
+    return model
+
+
 def assert_same(model: Any, reference: Any) -> None:
     """Products of the same weights, summed in another order."""
     torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, rtol=1e-4, atol=1e-4)
     tokens = [m.generate(IDS, max_new_tokens=12, do_sample=False) for m in (model, reference)]
     assert torch.equal(*tokens)
+
+
+def assert_close_in_norm(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    with torch.no_grad():
+        assert float((got - expected).norm() / expected.norm()) < tolerance
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -134,7 +147,24 @@ def test_logits_and_tokens(layout: str, tmp_path: Path) -> None:
     assert {name for name in linears if not isinstance(model.get_submodule(name), QuantLinear)} == {"lm_head"}
     assert not model.training
     assert not any(parameter.is_meta for parameter in model.parameters())
-    assert_same(model, reference)
+    assert_same(exact(model), reference)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 4.5])
+def test_rows_in_8_bits_are_multiplied_as_llm_int8(threshold: float | None, tmp_path: Path) -> None:
+    """With the checkpoint's threshold, also from the native files that it is converted to."""
+    path, reference = checkpoint(tmp_path / "x", "int8")
+    if threshold is not None:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"]["llm_int8_threshold"] = threshold
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    convert_file(path, tmp_path / "native")
+    for directory in (path, tmp_path / "native"):
+        model = lowbit_rs.from_pretrained(directory)
+        layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+        expected = ("auto", 6.0 if threshold is None else threshold)
+        assert {(layer.activation, layer.threshold) for layer in layers} == {expected}
+        assert_close_in_norm(model(IDS).logits, reference(IDS).logits, 0.05)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

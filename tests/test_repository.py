@@ -239,6 +239,7 @@ PAGES = (
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/from-bitsandbytes.md",
+    "docs/int8.md",
     "docs/qlora.md",
     "docs/transformers.md",
 )

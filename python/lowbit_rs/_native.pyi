@@ -210,6 +210,32 @@ def cuda_linear_batch(
     arrivals: _Buffer,
     stream: int,
 ) -> None: ...
+
+CUDA_SIDE_NUMBERS: int
+"""The int16 that a token, and a row of the weight, needs for columns of outliers."""
+
+def cuda_int8_sizes(cols: int) -> tuple[int, int]: ...
+def cuda_round_rows(
+    device: int,
+    x: _Floats,
+    shape: tuple[int, int],
+    x_row_stride: int,
+    threshold: float,
+    rows: tuple[_Buffer, _Buffer, _Buffer | None],
+    stream: int,
+) -> None: ...
+def cuda_linear_int8(
+    weight: CudaWeight,
+    x: _Floats,
+    tokens: int,
+    x_row_stride: int,
+    rows: tuple[_Buffer, _Buffer, _Buffer | None],
+    side: _Buffer | None,
+    bias: _Floats | None,
+    out: _Floats,
+    stream: int,
+) -> None: ...
+def cuda_rounded_from(weight: CudaWeight, is_choosy: bool) -> int: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def force_isa(name: str | None = None) -> None: ...

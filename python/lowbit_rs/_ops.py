@@ -31,7 +31,7 @@ for _schema in (
     f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor",
     f"embedding(Tensor input, {_WEIGHT}, ScalarType dtype) -> Tensor",
     # No argument has a default: autograd of torch before 2.15 loses those that are equal to it.
-    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation) -> Tensor",
+    f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str activation, float threshold) -> Tensor",
     f"linear_grad_input(Tensor grad, {_WEIGHT}) -> Tensor",
     f"linear_grouped(Tensor x, Tensor counts, {_WEIGHT}, str activation) -> Tensor",
     f"linear_grouped_grad_input(Tensor grad, Tensor counts, {_WEIGHT}) -> Tensor",
@@ -73,13 +73,25 @@ def _scale_position(scheme: Scheme) -> int | None:
     return fields.index(name) if name in fields else None
 
 
-ACTIVATIONS = ("none", "int8")
+ACTIVATIONS = ("none", "int8", "auto")
+
+#: The smallest magnitude of an activation that is not rounded to int8, as in bitsandbytes' configs.
+THRESHOLD = 6.0
 
 
 def check_activation(activation: str) -> None:
     """Raises InvalidArgument unless ``activation`` is a way to round activations."""
     if activation not in ACTIVATIONS:
         raise invalid("activation", repr(activation), " or ".join(f'"{name}"' for name in ACTIVATIONS))
+
+
+def check_threshold(threshold: float | None) -> float:
+    """The threshold as operators take it, 0 for None. Raises InvalidArgument for what is none."""
+    if threshold is None:
+        return 0.0
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+        raise invalid("threshold", repr(threshold), "a positive number, or 0 or None for no outliers")
+    return float(threshold)
 
 
 def check_linear(x: Tensor, bias: Tensor | None, weight: Sequence[Tensor], shape: Sequence[int]) -> None:
@@ -208,10 +220,11 @@ def _linear(
     block_order: str,
     double_quant: bool,
     activation: str,
+    threshold: float,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     backend, view = borrow(weight, shape, (format, block_size, block_order, double_quant))
-    return backend.linear(view, x, bias, activation)
+    return backend.linear(view, x, bias, activation, threshold)
 
 
 @_fake("linear")
@@ -225,6 +238,7 @@ def _linear_fake(
     block_order: str,
     double_quant: bool,
     activation: str,
+    threshold: float,
 ) -> Tensor:
     check_linear(x, bias, weight, shape)
     return x.new_empty((*x.shape[:-1], shape[0]))
@@ -259,7 +273,7 @@ def _linear_grad_input_fake(
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, bias, weight, *ctx.rest, _activation = inputs
+    _x, bias, weight, *ctx.rest, _activation, _threshold = inputs
     ctx.save_for_backward(*weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -274,7 +288,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if needs_bias:
         rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
         grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, grad_bias, [None] * len(weight), *[None] * len(ctx.rest), None
+    return grad_x, grad_bias, [None] * len(weight), *[None] * len(ctx.rest), None, None
 
 
 def _save_linear_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -285,7 +299,7 @@ def _save_linear_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _backward_linear_grad_input(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """``dx = dy W`` is linear in dy: its gradient is ``linear`` without a bias."""
     weight = list(ctx.saved_tensors)
-    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest, "none")
+    grad_grad = torch.ops.lowbit_rs.linear.default(grad, None, weight, *ctx.rest, "none", 0.0)
     return grad_grad, [None] * len(weight), *[None] * len(ctx.rest)
 
 
@@ -347,7 +361,7 @@ def _linear_grouped(
     _check_grouped("x", x, shape[-1], counts, weight, shape)
     scheme = (format, block_size, block_order, double_quant)
     return _grouped(
-        lambda backend, view, rows: backend.linear(view, rows, None, activation),
+        lambda backend, view, rows: backend.linear(view, rows, None, activation, 0.0),
         x,
         shape[1],
         counts,

@@ -18,6 +18,10 @@ from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name
 #: Values that codes stand for.
 CodebookLike = Tensor | np.ndarray[Any, Any] | Sequence[float]
 
+#: How activations may be rounded: ``activation`` of :func:`linear`, and the threshold, 0 for none.
+Rounding = tuple[str, float]
+EXACT: Rounding = ("none", 0.0)
+
 #: Types whose values are those in their memory; other subclasses may mean anything by theirs.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, np.ndarray, np.memmap)
 
@@ -106,7 +110,14 @@ def quantize(
     return PackedWeight.from_tensors(spec, source.shape, source.dtype, parts)
 
 
-def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+def linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    threshold: float | None = _ops.THRESHOLD,
+) -> Tensor:
     """``torch.nn.functional.linear`` with a packed weight: ``x @ W.T + bias``.
 
     ``x`` is [..., K] in float32, float16 or bfloat16, ``packed`` [N, K] and ``bias`` [N] in any of these dtypes; the
@@ -114,16 +125,20 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, activ
     which dtype, docs/cpu.md says. The weight is decoded on the fly. Differentiable in x and bias. Under autocast x is
     cast as F.linear casts it.
 
-    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for every 64 values of a row, or for a whole
-    row beside int8 weights with a scale a row; it is where that is faster. The relative error that it adds is about
-    0.7 % of the result for normal x, and gradients are those without it. On CUDA it is not supported.
+    ``activation="int8"`` allows x to be rounded to 8 bits, with a scale for a row beside int8 weights with a scale a
+    row, as ``LLM.int8()`` does, and else for every 64 values; it is where that is faster. ``"auto"`` allows it beside
+    the former weights alone, and takes it where it is much faster: with many tokens. Columns of x with a magnitude of
+    ``threshold`` or more are left out of a whole row's rounding and multiplied as they are; 0 or None leaves out none
+    but those with NaN and infinities. The relative error is about 0.9 % of the result for normal x, and gradients are
+    those without it. docs/int8.md tells more. On CUDA, "int8" beside other weights is not supported.
 
     Raises InvalidArgument for shapes, dtypes and devices that do not go together, Unsupported for a device without
     kernels, and for an activation that the device does not round.
     """
     _ops.check_activation(activation)
+    rounding = activation, _ops.check_threshold(threshold)
     weight, permutation = packed.operands(), packed.permutation
-    return packed_linear(x, weight, packed.shape, packed.scheme, bias, permutation=permutation, activation=activation)
+    return packed_linear(x, weight, packed.shape, packed.scheme, bias, permutation=permutation, rounding=rounding)
 
 
 def embedding(input: Tensor, packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
@@ -144,12 +159,13 @@ def packed_linear(
     bias: Tensor | None,
     compute_dtype: torch.dtype | None = None,
     permutation: Tensor | None = None,
-    activation: str = "none",
+    rounding: Rounding = EXACT,
 ) -> Tensor:
     """:func:`linear` for a weight in parts: its operands in the order of fields, its shape and its scheme.
 
     With ``compute_dtype``, x is rounded to it, and the result comes back in the dtype that it has without. With
     ``permutation``, that of the weight's columns, the columns of x are put into the same order: a copy of x.
+    ``rounding`` is activation and threshold, 0 for none.
     """
     x = _autocast(x)
     if permutation is not None:
@@ -157,8 +173,8 @@ def packed_linear(
             raise invalid("x", f"shape {list(x.shape)}", f"[..., {shape[-1]}]")
         x = x.index_select(-1, permutation)
     if compute_dtype is not None and compute_dtype != x.dtype:
-        return _linear(x.to(compute_dtype), weight, shape, scheme, bias, activation).to(x.dtype)
-    return _linear(x, weight, shape, scheme, bias, activation)
+        return _linear(x.to(compute_dtype), weight, shape, scheme, bias, rounding).to(x.dtype)
+    return _linear(x, weight, shape, scheme, bias, rounding)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -169,14 +185,14 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _linear(
-    x: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Scheme, bias: Tensor | None, activation: str
+    x: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Scheme, bias: Tensor | None, rounding: Rounding
 ) -> Tensor:
     if torch.compiler.is_compiling() or not _unwatched(x, bias):
-        result: Tensor = torch.ops.lowbit_rs.linear.default(x, bias, weight, list(shape), *scheme, activation)
+        result: Tensor = torch.ops.lowbit_rs.linear.default(x, bias, weight, list(shape), *scheme, *rounding)
         return result
     _ops.check_linear(x, bias, weight, shape)
     backend, view = _ops.borrow(weight, shape, scheme)
-    return backend.linear(view, x, bias, activation)
+    return backend.linear(view, x, bias, *rounding)
 
 
 def packed_linear_grouped(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import lowbit_rs
+from lowbit_rs._backends import cuda
 
 _WEIGHTS: tuple[dict[str, Any], ...] = (
     {},
@@ -44,7 +45,24 @@ def main() -> None:
             indices = torch.tensor([rows - 1, 0, 2])
             layer = lowbit_rs.QuantEmbedding.from_packed(packed)
             assert torch.equal(layer(indices.cuda()).cpu(), same.dequantize()[indices])
+    _int8()
     torch.cuda.synchronize()
+
+
+def _int8() -> None:
+    """Rows of activations in int8, and their products where this GPU has them."""
+    for (rows, cols), dtype in product(((40, 512), (264, 144)), (torch.float32, torch.bfloat16)):
+        if torch.cuda.get_device_capability() != (9, 0):
+            return
+        packed = lowbit_rs.quantize(torch.randn(rows, cols), "int8", "row")
+        for outliers, threshold in ((0, 0.0), (3, 6.0), (min(cols // 2, 300), 6.0)):
+            x = torch.randn(150, cols).clamp(-4, 4)
+            x[::3, :outliers] = 50.0
+            x = x.to(dtype).cuda()
+            cuda.round_rows(x, threshold)
+            y = lowbit_rs.linear(x, packed.to("cuda"), activation="int8", threshold=threshold).float().cpu()
+            wanted = x.cpu().float() @ packed.dequantize().T
+            assert float((y - wanted).norm() / wanted.norm()) < 2e-2
 
 
 if __name__ == "__main__":

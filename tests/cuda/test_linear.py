@@ -111,6 +111,8 @@ def test_eight_bits_with_a_shift(block_size: BlockSize, scale_dtype: torch.dtype
     for tokens in TOKENS:
         x = torch.randn(tokens, cols, device="cuda").to(dtype)
         assert_within(lowbit_rs.linear(x, on_gpu), x, on_gpu, None)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("exponent", [-120, -60, 0, 60, 100])
 def test_float32_of_every_size(tokens: int, exponent: int) -> None:

@@ -47,6 +47,9 @@ def derive(record: Any) -> dict[str, Array]:
     for shape in ("5x48x96", "33x64x256"):
         for part in ("W", "CB", "SCB"):
             kept[f"int8|{shape}|{part}"] = record[f"int8|{shape}|0.0|{part}"]
+        for threshold in ("0.0", "6.0"):
+            for part in ("A", "CA", "SCA", "cols", "y"):
+                kept[f"int8|{shape}|{part}|{threshold}"] = record[f"int8|{shape}|{threshold}|{part}"]
     return kept
 
 

@@ -35,11 +35,15 @@ class Backend(Protocol[View]):
     def embedding(self, weight: View, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight: [*indices.shape, K]."""
 
-    def linear(self, weight: View, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    def linear(self, weight: View, x: Tensor, bias: Tensor | None, activation: str, threshold: float) -> Tensor:
         """x [..., K] times the transposed weight, plus bias [N]: [..., N] in the dtype of x.
 
-        ``activation`` is "none", or "int8" where x may be rounded to 8 bits.
+        ``activation`` is "none", or "int8" or "auto" where x may be rounded to 8 bits, but for columns with a
+        magnitude of ``threshold`` or more, if that is not 0.
         """
+
+    def rounded_from(self, weight: View, activation: str, dtype: torch.dtype) -> int | None:
+        """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
 
     def linear_grad_input(self, weight: View, grad: Tensor) -> Tensor:
         """grad [..., N] times the weight: [..., K] in the dtype of grad."""

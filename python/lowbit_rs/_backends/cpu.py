@@ -62,17 +62,24 @@ def embedding(weight: WeightView, indices: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def linear(weight: WeightView, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def linear(weight: WeightView, x: Tensor, bias: Tensor | None, activation: str, threshold: float) -> Tensor:
     """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x.
 
-    With ``activation="int8"``, x may be rounded to 8 bits before.
+    With ``activation`` "int8" or "auto", x may be rounded to 8 bits before, but for columns with a magnitude of
+    ``threshold`` or more, if that is not 0.
     """
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
     bias = None if bias is None else rows_of(bias)[0]
     addend = None if bias is None else floats(bias)
-    _native.linear(weight, floats(x), tokens, row_stride, activation, addend, floats(out), torch.get_num_threads())
+    rounding = activation, threshold
+    _native.linear(weight, floats(x), tokens, row_stride, *rounding, addend, floats(out), torch.get_num_threads())
     return out
+
+
+def rounded_from(weight: WeightView, activation: str, dtype: torch.dtype) -> int | None:
+    """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
+    return _native.rounded_from(weight, activation, dtype_name(dtype))
 
 
 def linear_grad_input(weight: WeightView, grad: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from lowbit_rs import _native
 from lowbit_rs._backends._counters import counters
-from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
-from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
-from lowbit_rs.errors import unsupported
+from lowbit_rs._backends._memory import Buffer, buffer, experts_of, floats, rows_of
+from lowbit_rs._native import CUDA_MAX_TOKENS, CUDA_SIDE_NUMBERS, CudaWeight, Spec, Unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
 #: Bytes of the weight that are unpacked at once for a product with many tokens: the most memory that takes. Smaller
@@ -126,17 +126,19 @@ def embedding(weight: CudaWeight, indices: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, threshold: float) -> Tensor:
     """``x @ W.T + bias`` for x [..., K] and bias [N] of any float dtype: [..., N] in the dtype of x.
 
-    Raises Unsupported for an ``activation`` other than "none": x is taken as it is.
+    With ``activation`` "int8" or "auto", x is rounded to 8 bits from ``rounded_from`` tokens on, but for columns with a
+    magnitude of ``threshold`` or more, if that is not 0. Raises Unsupported for "int8" where no kernel takes that.
     """
-    if activation != "none":
-        raise unsupported(f'activation="{activation}" on CUDA', 'no kernel here rounds activations; take "none"')
     x, tokens, row_stride = rows_of(x)
-    values = floats(x)
+    if activation != "none":
+        first = rounded_from(weight, activation, x.dtype)
+        if first is not None and tokens >= first:
+            return linear_int8(weight, x, round_rows(x, threshold), bias)
     if tokens > CUDA_MAX_TOKENS:
-        sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
+        sizes = _native.cuda_batch_sizes(weight, floats(x), tokens, row_stride)
         if sizes is not None:
             return linear_batch(weight, x, bias, sizes)
     out = x.new_empty((*x.shape[:-1], weight.rows))
@@ -170,6 +172,73 @@ def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tupl
     result = (out.data_ptr(), tokens * weight.rows, values[2])
     parts = (partials.data_ptr(), sizes[0]), (arrivals.data_ptr(), sizes[1])
     _native.cuda_linear_batch(weight, values, tokens, row_stride, addend, result, *parts, _stream(weight.device))
+    return out
+
+
+def rounded_from(weight: CudaWeight, activation: str, dtype: torch.dtype) -> int | None:  # noqa: ARG001
+    """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never.
+
+    Raises Unsupported for the ``activation`` "int8" where no kernel of this device takes such a weight.
+    """
+    try:
+        return _native.cuda_rounded_from(weight, activation == "auto")
+    except Unsupported:
+        if activation == "int8":
+            raise
+        return None
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Activations [tokens, K] in int8: what :func:`linear_int8` multiplies.
+
+    - ``codes`` int8 [tokens, K, rounded up to 16] and ``scales`` float32 [tokens];
+    - ``outliers`` int32: how many columns have outliers and which, as ``cuda/include/lowbit/int8_rows.cuh`` says; None
+      without a threshold.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    outliers: Tensor | None
+
+    def buffers(self) -> tuple[Buffer, Buffer, Buffer | None]:
+        """As the native module takes them."""
+        outliers = None if self.outliers is None else (self.outliers.data_ptr(), self.outliers.numel())
+        codes = (self.codes.data_ptr(), self.codes.numel())
+        return codes, (self.scales.data_ptr(), self.scales.numel()), outliers
+
+
+def round_rows(x: Tensor, threshold: float) -> Int8Rows:
+    """Rows of x [..., K] in int8, but for numbers of a magnitude of ``threshold`` or more, if that is not 0.
+
+    A row with NaN or an infinity is outliers in those places, or without a threshold gives a row of NaN.
+    """
+    x, tokens, row_stride = rows_of(x)
+    cols = x.shape[-1]
+    stride, words = _native.cuda_int8_sizes(cols)
+    codes = torch.empty((tokens, stride), dtype=torch.int8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    outliers = torch.empty(words, dtype=torch.int32, device=x.device) if threshold else None
+    rows = Int8Rows(codes, scales, outliers)
+    device = x.get_device()
+    shape = tokens, cols
+    _native.cuda_round_rows(device, floats(x), shape, row_stride, threshold, rows.buffers(), _stream(device))
+    return rows
+
+
+def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` with x [..., K] in int8 as ``rows`` has it, but for columns of outliers."""
+    x, tokens, row_stride = rows_of(x)
+    out = x.new_empty((*x.shape[:-1], weight.rows))
+    side = None
+    if rows.outliers is not None:
+        side = torch.empty((tokens + weight.rows, CUDA_SIDE_NUMBERS), dtype=torch.int16, device=x.device)
+    beside = None if side is None else (side.data_ptr(), side.numel())
+    bias = None if bias is None else rows_of(bias)[0]
+    addend = None if bias is None else floats(bias)
+    result = (out.data_ptr(), tokens * weight.rows, dtype_name(x.dtype))
+    stream = _stream(weight.device)
+    _native.cuda_linear_int8(weight, floats(x), tokens, row_stride, rows.buffers(), beside, addend, result, stream)
     return out
 
 

@@ -18,7 +18,7 @@ from lowbit_rs.files.metadata import QuantizedTensor
 from lowbit_rs.files.model_config import NATIVE
 from lowbit_rs.files.safetensors_format import brief
 from lowbit_rs.integrations.checkpoints.convert import load_weight
-from lowbit_rs.integrations.checkpoints.registry import foreign_weights
+from lowbit_rs.integrations.checkpoints.registry import foreign_weights, product_options
 from lowbit_rs.integrations.checkpoints.source import TensorSource
 from lowbit_rs.integrations.transformers.stored import in_memory
 from lowbit_rs.packed import dtype_name, state_key
@@ -115,8 +115,10 @@ def _class_of(config: Any) -> Any:
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The ``quantization_config`` of a native checkpoint, as far as it has one."""
-    said = checkpoint.config.get("quantization_config") if checkpoint.is_quantized else None
+    """The ``quantization_config`` of a native checkpoint, as far as it has one; of another, how it is multiplied."""
+    if not checkpoint.is_quantized:
+        return {**NATIVE, **product_options(checkpoint)}
+    said = checkpoint.config.get("quantization_config")
     return dict(said) if isinstance(said, dict) else dict(NATIVE)
 
 

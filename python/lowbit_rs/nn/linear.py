@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lowbit_rs._backends import linear_call
-from lowbit_rs._ops import borrow, check_activation
+from lowbit_rs._ops import THRESHOLD, borrow, check_activation, check_threshold
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
@@ -20,8 +20,9 @@ class QuantLinear(PackedModule, nn.Linear):
     """``y = x @ W.T + bias`` with W [out_features, in_features] stored in 4 or 8 bits and never wholly decoded.
 
     Takes x [..., in_features] in float32, float16 or bfloat16 and gives [..., out_features] in the same dtype; with
-    ``compute_dtype``, x is rounded to that dtype first, with ``activation="int8"`` to 8 bits where that is faster (see
-    :func:`lowbit_rs.linear`). Sums are fp32 in any case. Gradients flow to x, and to the bias
+    ``compute_dtype``, x is rounded to that dtype first, with ``activation`` "int8" or "auto" to 8 bits where that is
+    faster, but for columns of outliers, which reach ``threshold`` (see :func:`lowbit_rs.linear`). Sums are fp32 in
+    any case. Gradients flow to x, and to the bias
     if it is made to require one; the weight is frozen.
 
     The constructor makes a layer of zero weights, to be loaded; a float ``weight`` in a state_dict is quantized on the
@@ -32,6 +33,7 @@ class QuantLinear(PackedModule, nn.Linear):
 
     compute_dtype: torch.dtype | None
     activation: str
+    threshold: float | None
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class QuantLinear(PackedModule, nn.Linear):
         codebook: CodebookLike | None = None,
         compute_dtype: torch.dtype | None = None,
         activation: str = "none",
+        threshold: float | None = THRESHOLD,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         scale_dtype: torch.dtype | None = None,
@@ -68,17 +71,24 @@ class QuantLinear(PackedModule, nn.Linear):
             permuted,
         )
         addend = torch.zeros(out_features, dtype=packed.dtype, device=packed.device) if bias else None
-        self._fill(packed, addend, compute_dtype, activation)
+        self._fill(packed, addend, compute_dtype, activation, threshold)
 
     def _fill(
-        self, packed: PackedWeight, bias: Tensor | None, compute_dtype: torch.dtype | None, activation: str
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None,
+        activation: str,
+        threshold: float | None,
     ) -> None:
         if compute_dtype is not None:
             dtype_name(compute_dtype, "compute_dtype")
         check_activation(activation)
+        check_threshold(threshold)
         self.out_features, self.in_features = packed.shape
         self.compute_dtype = compute_dtype
         self.activation = activation
+        self.threshold = threshold
         self._hold(packed)
         self._call = linear_call(self._operand_keys)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -95,6 +105,7 @@ class QuantLinear(PackedModule, nn.Linear):
         *,
         compute_dtype: torch.dtype | None = None,
         activation: str = "none",
+        threshold: float | None = THRESHOLD,
         scale_dtype: torch.dtype | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
@@ -117,7 +128,7 @@ class QuantLinear(PackedModule, nn.Linear):
             signed_absmax=signed_absmax,
         )
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls.from_packed(packed, bias, compute_dtype=compute_dtype, activation=activation)
+        layer = cls.from_packed(packed, bias, compute_dtype=compute_dtype, activation=activation, threshold=threshold)
         return layer.train(linear.training)
 
     @classmethod
@@ -128,6 +139,7 @@ class QuantLinear(PackedModule, nn.Linear):
         *,
         compute_dtype: torch.dtype | None = None,
         activation: str = "none",
+        threshold: float | None = THRESHOLD,
     ) -> QuantLinear:
         """A layer whose parameters share the tensors of ``packed`` [N, K] and ``bias`` [N]."""
         if len(packed.shape) != 2:
@@ -136,7 +148,7 @@ class QuantLinear(PackedModule, nn.Linear):
             raise invalid("bias", f"shape {list(bias.shape)}", f"[{packed.shape[0]}]")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._fill(packed, None if bias is None else bias.detach(), compute_dtype, activation)
+        layer._fill(packed, None if bias is None else bias.detach(), compute_dtype, activation, threshold)
         return layer
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -161,7 +173,7 @@ class QuantLinear(PackedModule, nn.Linear):
             if result is not None:
                 return result
         bias, permutation = self._parameters["bias"], self._parameters["weight_permutation"]
-        how = self.compute_dtype, permutation, self.activation
+        how = self.compute_dtype, permutation, (self.activation, self.threshold or 0.0)
         return packed_linear(input, self._tensors(), self._shape, self._scheme, bias, *how)
 
     def _view(self) -> Any:
@@ -172,8 +184,24 @@ class QuantLinear(PackedModule, nn.Linear):
         """The arguments of the constructor."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         permuted = "" if self.weight_permutation is None else ", permuted"
-        rounded = "" if self.activation == "none" else f", activation={self.activation}"
-        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{permuted}{compute}{rounded}"
+        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{permuted}{compute}{self._rounding()}"
+
+    def _rounding(self) -> str:
+        """How activations are rounded, in words."""
+        if self.activation == "none":
+            return ""
+        by_rows = self.spec.format == "int8" and self.spec.block_size == "row"
+        threshold = f", threshold={self.threshold}" if by_rows else ""
+        choice = f" ({self._choice()})" if self.activation == "auto" else ""
+        return f", activation={self.activation}{choice}{threshold}"
+
+    def _choice(self) -> str:
+        """What "auto" chooses for activations in the dtype of the layer, on its device."""
+        if self.weight.is_meta:
+            return "by device"
+        backend, view = borrow(self._tensors(), self._shape, self._scheme)
+        tokens = backend.rounded_from(view, self.activation, self.compute_dtype or self.dtype)
+        return "floats" if tokens is None else f"int8 from {tokens} tokens"
 
 
 def _size(argument: str, value: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowbit_rs._backends import backend_of
-from lowbit_rs._ops import check_activation
+from lowbit_rs._ops import THRESHOLD, check_activation, check_threshold
 from lowbit_rs.errors import InvalidArgument, invalid
 from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve_format
 from lowbit_rs.nn._base import PackedModule
@@ -54,6 +54,7 @@ def quantize_model(
     embeddings: bool = False,
     compute_dtype: torch.dtype | None = None,
     activation: str = "none",
+    threshold: float | None = THRESHOLD,
     progress: bool = True,
     nonfinite: str = "error",
     scale_dtype: torch.dtype | None = None,
@@ -69,7 +70,7 @@ def quantize_model(
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``, ``activation``: see QuantLinear;
+    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear;
     - ``progress``: shows a progress bar;
     - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
       can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
@@ -90,12 +91,11 @@ def quantize_model(
         "block_order": block_order,
         "signed_absmax": signed_absmax,
     }
-    of_products = {"compute_dtype": compute_dtype, "activation": activation}
+    of_products = {"compute_dtype": compute_dtype, "activation": activation, "threshold": threshold}
     report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = choose(model, skip, embeddings, report)
+    names = choose(model, (skip,) if isinstance(skip, str) else tuple(skip), embeddings, report)
     for name in names:
         _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
@@ -132,6 +132,7 @@ def _check_options(options: dict[str, Any], of_products: dict[str, Any]) -> str:
     if of_products["compute_dtype"] is not None:
         dtype_name(of_products["compute_dtype"], "compute_dtype")
     check_activation(of_products["activation"])
+    check_threshold(of_products["threshold"])
     if options["nonfinite"] not in ("error", "propagate"):
         raise invalid("nonfinite", repr(options["nonfinite"]), '"error" or "propagate"')
     scheme = make_scheme(*(options[key] for key in ("format", "block_size", "block_order", "double_quant")))

@@ -83,6 +83,35 @@ pub fn linear(weight: &PackedWeight<'_>, x: &[f32], tokens: usize, bias: Option<
     y
 }
 
+/// [`linear`] with activations in int8 by row, but for columns of outliers: those with a number whose magnitude is not
+/// below `threshold` (`LLM.int8()`, arXiv 2208.07339). Scales are the largest of a row's other magnitudes over 127.
+pub fn linear_int8(
+    weight: &PackedWeight<'_>,
+    x: &[f32],
+    tokens: usize,
+    threshold: f32,
+    bias: Option<&[f32]>,
+) -> Vec<f64> {
+    let cols = weight.layout().cols;
+    // A NaN is below nothing.
+    let is_outlier = |x: f32| !matches!(x.abs().partial_cmp(&threshold), Some(std::cmp::Ordering::Less));
+    let outliers: Vec<bool> = (0..cols).map(|col| (0..tokens).any(|token| is_outlier(x[token * cols + col]))).collect();
+    let mut y = Vec::new();
+    for x in x.chunks_exact(cols.max(1)) {
+        let absmax = x.iter().filter(|&&x| !is_outlier(x)).fold(0.0_f32, |most, x| most.max(x.abs()));
+        let (scale, inverse) = (absmax / 127.0, 127.0 / absmax);
+        let code = |x: f32| if inverse.is_finite() { (x * inverse).round_ties_even() } else { 0.0 };
+        for row in 0..weight.layout().rows {
+            let products = (0..cols).map(|col| {
+                let x = if outliers[col] { f64::from(x[col]) } else { f64::from(scale) * f64::from(code(x[col])) };
+                x * f64::from(weight_at(weight, row, col))
+            });
+            y.push(products.sum::<f64>() + bias.map_or(0.0, |bias| f64::from(bias[row])));
+        }
+    }
+    y
+}
+
 /// `dx[m, k] = sum_n dy[m, n] * w[n, k]` in f64, from fp32 weights.
 pub fn linear_grad_input(weight: &PackedWeight<'_>, grad: &[f32], tokens: usize) -> Vec<f64> {
     let (rows, cols) = (weight.layout().rows, weight.layout().cols);

@@ -9,7 +9,7 @@ use lowbit_core::reference;
 use proptest::prelude::*;
 
 fn formats() -> impl Strategy<Value = ActivationFormat> {
-    prop_oneof![2 => Just(ActivationFormat::None), 1 => Just(ActivationFormat::Int8)]
+    prop_oneof![2 => Just(ActivationFormat::None), 1 => Just(ActivationFormat::Int8 { threshold: f32::INFINITY })]
 }
 
 /// Unit roundoff of a dtype.
@@ -78,7 +78,7 @@ fn rounding(packed: &Owned, x: &[f32], dtype: Dtype, format: ActivationFormat) -
         (ActivationFormat::None, Dtype::Float32) => return vec![0.0; x.len() / cols.max(1) * rows],
         (ActivationFormat::None, Dtype::Bfloat16) => (0.5 / 8191.0, 0.5 / 8192.0, 16, 2.0_f64.powi(-8)),
         (ActivationFormat::None, Dtype::Float16) => (0.5 / 8191.0, 0.5 / 8192.0, 16, 2.0_f64.powi(-13)),
-        (ActivationFormat::Int8, _) => (0.5 / 63.0, 0.5 / 126.0, cols.max(1), 2.0_f64.powi(-8)),
+        (_, _) => (0.5 / 63.0, 0.5 / 126.0, cols.max(1), 2.0_f64.powi(-8)),
     };
     let mut out = Vec::new();
     for x in x.chunks(cols.max(1)) {
@@ -152,6 +152,40 @@ proptest! {
     }
 
     #[test]
+    fn activations_in_int8_are_rounded_as_defined(
+        (rows, cols) in (1_usize..40, 1_usize..300), tokens in prop::sample::select(vec![1_usize, 2, 5, 16, 33]),
+        dtype in dtypes(), threshold in prop::sample::select(vec![2.0_f32, 6.0, f32::INFINITY]),
+        planted in prop::collection::vec((0_usize..40, 0_usize..300, prop::sample::select(vec![6.0_f32, 50.0, 3000.0])), 0..4),
+        is_auto: bool, threads in 1_usize..4, seed: u64,
+    ) {
+        let source = Vector::from_f32(Dtype::Float32, &weights(rows * cols, seed, 1.0));
+        let packed = Owned::quantize(&source, rows, cols, int8_by_rows(), None).unwrap();
+        let mut x = weights(tokens * cols, seed ^ 1, 0.1);
+        for (token, col, value) in planted {
+            x[token % tokens * cols + col % cols] = value;
+        }
+        let x = Vector::from_f32(dtype, &x);
+        let (view, values) = (packed.view(), x.to_f32());
+        let format = if is_auto { ActivationFormat::Auto { threshold } } else { ActivationFormat::Int8 { threshold } };
+        let kept = reference::linear(&view, &values, tokens, None);
+        let rounded = reference::linear_int8(&view, &values, tokens, threshold, None);
+        let w = absolute(&packed);
+        let magnitude: Vec<f64> = (0..tokens * rows).map(|i| {
+            let pairs = values[i / rows * cols..][..cols].iter().zip(&w[i % rows * cols..]);
+            pairs.map(|(x, w)| f64::from(x.abs()) * f64::from(*w)).sum()
+        }).collect();
+        let factors = rounding(&packed, &values, dtype, ActivationFormat::None);
+        on_every_isa(|_| {
+            let mut out = Vector::from_f32(dtype, &vec![f32::NAN; tokens * rows]);
+            let x = Activations { values: x.floats(), tokens, stride: cols };
+            cpu::linear(&view, x, format, None, out.floats_mut(), threads).unwrap();
+            // int8 is a permission: a kernel takes it, or is as exact as without.
+            check(&out, &rounded, &magnitude, &vec![0.0; factors.len()], cols, dtype)
+                .or_else(|_| check(&out, &kept, &magnitude, &factors, cols, dtype))
+        })?;
+    }
+
+    #[test]
     fn the_gradient_is_the_oracles(
         (rows, cols) in shapes(), (spec, table) in specs(), tokens in prop::sample::select(vec![0_usize, 1, 3, 17, 40]),
         dtype in dtypes(), threads in 1_usize..4, seed: u64,
@@ -181,6 +215,44 @@ proptest! {
             check(&out, &exact, &magnitude, &factors, rows, dtype)
         })?;
     }
+}
+
+fn int8_by_rows() -> lowbit_core::format::Spec {
+    lowbit_core::format::Spec {
+        format: lowbit_core::format::Format::Int8,
+        block_size: lowbit_core::format::BlockSize::Row,
+        block_order: lowbit_core::format::BlockOrder::Row,
+        scale_dtype: Dtype::Float32,
+        double_quant: false,
+        signed_absmax: false,
+    }
+}
+
+#[test]
+fn many_tokens_are_rounded_and_outliers_are_not() {
+    let (rows, cols, tokens) = (33, 300, 530);
+    let source = Vector::from_f32(Dtype::Float32, &weights(rows * cols, 7, 1.0));
+    let packed = Owned::quantize(&source, rows, cols, int8_by_rows(), None).unwrap();
+    let mut x = weights(tokens * cols, 8, 0.1);
+    (0..tokens).for_each(|token| x[token * cols + 17] = 1000.0);
+    x[529 * cols + 3] = f32::NAN;
+    let format = ActivationFormat::Auto { threshold: 6.0 };
+    let exact = reference::linear_int8(&packed.view(), &x, tokens, 6.0, None);
+    on_every_isa(|isa| {
+        let from = cpu::rounded_from(&packed.view(), format, Dtype::Float32).unwrap();
+        let mut out = vec![f32::NAN; tokens * rows];
+        let x = Activations { values: lowbit_core::dtype::Floats::Float32(&x), tokens, stride: cols };
+        let to = lowbit_core::dtype::FloatsMut::Float32(&mut out);
+        cpu::linear(&packed.view(), x, format, None, to, 2).unwrap();
+        let (finite, nan) = out.split_at(529 * rows);
+        assert!(nan.iter().all(|y| y.is_nan()), "the row of the NaN, on {}", isa.name());
+        let error = exact.iter().zip(finite).map(|(a, &b)| (a - f64::from(b)).powi(2)).sum::<f64>().sqrt();
+        let norm = exact[..finite.len()].iter().map(|y| y * y).sum::<f64>().sqrt();
+        let is_rounded = error <= 1e-6 * norm;
+        assert!(is_rounded == from.is_some(), "{} on {}", error / norm, isa.name());
+        Ok::<(), ()>(())
+    })
+    .unwrap();
 }
 
 /// |scale * code| + |shift| beyond |weight|, for every weight: with a shift the two parts are summed apart.
@@ -230,15 +302,7 @@ fn a_long_sum_runs_through_several_panels() {
 
 #[test]
 fn wrong_lengths_are_named() {
-    let spec = lowbit_core::format::Spec {
-        format: lowbit_core::format::Format::Int8,
-        block_size: lowbit_core::format::BlockSize::Row,
-        block_order: lowbit_core::format::BlockOrder::Row,
-        scale_dtype: Dtype::Float32,
-        double_quant: false,
-        signed_absmax: false,
-    };
-    let packed = Owned::quantize(&Vector::Float32(vec![1.0; 12]), 3, 4, spec, None).unwrap();
+    let packed = Owned::quantize(&Vector::Float32(vec![1.0; 12]), 3, 4, int8_by_rows(), None).unwrap();
     let x = [0.0; 8];
     let call = |x: &[f32], bias: Option<&[f32]>, out: usize| {
         let x = Activations { values: lowbit_core::dtype::Floats::Float32(x), tokens: 2, stride: 4 };

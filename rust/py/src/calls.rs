@@ -79,6 +79,7 @@ impl LinearCall {
             return Ok(None);
         };
         let activation = activation.cast::<PyString>()?.to_str()?;
+        let threshold = state.get_item(intern!(py, "threshold"))?.map_or(Ok(None), |value| value.extract())?;
         let is_there = |value: &Bound<'_, PyAny>| !value.is_none();
         let is_converted = state.get_item(intern!(py, "compute_dtype"))?.is_some_and(|dtype| is_there(&dtype));
         let is_permuted = parameters.get_item(intern!(py, "weight_permutation"))?.is_some_and(|order| is_there(&order));
@@ -110,7 +111,10 @@ impl LinearCall {
             View::Cpu(view) => {
                 let threads = torch.threads(py)?;
                 let view = view.get();
-                run(py, || operands.multiply_on_cpu(view, ActivationFormat::parse(activation)?, result, threads))?;
+                run(py, || {
+                    let activation = ActivationFormat::parse(activation, threshold.unwrap_or(0.0))?;
+                    operands.multiply_on_cpu(view, activation, result, threads)
+                })?;
             }
             View::Cuda(view) => {
                 let stream = exchange.current_stream(py, place)?;

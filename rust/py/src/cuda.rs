@@ -1,8 +1,8 @@
 //! Weights and operations in the memory of CUDA devices. Addresses are the driver's; nothing here reads behind them.
 
 use lowbit_core::cuda::{
-    self, BatchWorkspace, Device, DeviceActivations, DeviceBuffer, DeviceFloats, DeviceSource, DeviceWeight, Queue,
-    Window, Workspace,
+    self, BatchWorkspace, Device, DeviceActivations, DeviceBuffer, DeviceFloats, DeviceRows, DeviceSource,
+    DeviceWeight, Queue, Window, Workspace,
 };
 use lowbit_core::dtype::Dtype;
 use lowbit_core::{Error, Result};
@@ -22,7 +22,12 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_dequantize_rows, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_linear, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_batch_sizes, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_linear_batch, module)?)
+    module.add_function(wrap_pyfunction!(cuda_linear_batch, module)?)?;
+    module.add("CUDA_SIDE_NUMBERS", cuda::SIDE_NUMBERS)?;
+    module.add_function(wrap_pyfunction!(cuda_int8_sizes, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_round_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_linear_int8, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_rounded_from, module)?)
 }
 
 /// Addresses of the tensors of a packed [rows, cols] weight on the device of this number. It borrows: the caller keeps the
@@ -210,6 +215,74 @@ fn cuda_linear(
             cuda::linear(queue, &weight.weight, x, bias, floats("out", &out)?)
         }
     })
+}
+
+/// Codes from one row of int8 activations to the next, and the int32 that tell of their outliers.
+#[pyfunction]
+fn cuda_int8_sizes(cols: usize) -> (usize, usize) {
+    (cuda::codes_stride(cols), cuda::outlier_words(cols))
+}
+
+/// Rows in int8: codes, scales, and what tells of outliers.
+type RowBuffers = (Buffer, Buffer, Option<Buffer>);
+
+fn device_rows((codes, scales, outliers): RowBuffers) -> DeviceRows {
+    DeviceRows { codes: buffer(codes), scales: buffer(scales), outliers: outliers.map(buffer) }
+}
+
+/// Rounds rows of x, `x_row_stride` elements apart, to int8, but for numbers of a magnitude of `threshold` or more.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the rows and their stride
+fn cuda_round_rows(
+    py: Python<'_>,
+    device: usize,
+    x: FloatBuffer,
+    shape: (usize, usize),
+    x_row_stride: usize,
+    threshold: f32,
+    rows: RowBuffers,
+    stream: usize,
+) -> PyResult<()> {
+    run(py, || {
+        let (tokens, cols) = shape;
+        let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
+        let queue = Queue { device: Device::get(device)?, stream, may_overlap: false };
+        // SAFETY: as for `cuda_dequantize`.
+        unsafe { cuda::round_rows(queue, x, cols, threshold, device_rows(rows)) }
+    })
+}
+
+/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias` with x in int8 as `rows` has it, but for columns of outliers.
+#[pyfunction]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, rows, side, bias, out, stream))]
+#[allow(clippy::too_many_arguments)] // four tensors with their strides
+fn cuda_linear_int8(
+    py: Python<'_>,
+    weight: &CudaWeight,
+    x: FloatBuffer,
+    tokens: usize,
+    x_row_stride: usize,
+    rows: RowBuffers,
+    side: Option<Buffer>,
+    bias: Option<FloatBuffer>,
+    out: FloatBuffer,
+    stream: usize,
+) -> PyResult<()> {
+    run(py, || {
+        let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
+        let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
+        let (rows, side, out) = (device_rows(rows), side.map(buffer), floats("out", &out)?);
+        // SAFETY: as for `cuda_dequantize`.
+        unsafe { cuda::linear_int8(weight.queue(stream)?, &weight.weight, (x, rows), side, bias, out) }
+    })
+}
+
+/// From how many tokens on activations are rounded to int8 before a product with this weight, `is_choosy` from where that
+/// pays; Unsupported where never.
+#[pyfunction]
+fn cuda_rounded_from(weight: &CudaWeight, is_choosy: bool) -> PyResult<usize> {
+    let from = || cuda::rounded_from(Device::get(weight.device)?, &weight.weight, is_choosy);
+    from().map_err(|error| to_python(&error))
 }
 
 /// Float32 and int32 elements that `cuda_linear_batch` needs as a workspace. None where no kernel takes the operands, and,

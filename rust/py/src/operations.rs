@@ -15,6 +15,7 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(dequantize, module)?)?;
     module.add_function(wrap_pyfunction!(dequantize_rows, module)?)?;
     module.add_function(wrap_pyfunction!(linear, module)?)?;
+    module.add_function(wrap_pyfunction!(rounded_from, module)?)?;
     module.add_function(wrap_pyfunction!(linear_grad_input, module)?)?;
     module.add_function(wrap_pyfunction!(isa, module)?)?;
     module.add_function(wrap_pyfunction!(available_isas, module)?)?;
@@ -87,9 +88,9 @@ fn dequantize_rows(
 }
 
 /// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias`, rows of x `x_row_stride` elements apart, x rounded as
-/// `activation` says.
+/// `activation` says, but for columns with a magnitude of `threshold` or more; 0 is none.
 #[pyfunction]
-#[pyo3(signature = (weight, x, tokens, x_row_stride, activation, bias, out, threads))]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, activation, threshold, bias, out, threads))]
 #[allow(clippy::too_many_arguments)] // three tensors with their strides
 fn linear(
     py: Python<'_>,
@@ -98,12 +99,13 @@ fn linear(
     tokens: usize,
     x_row_stride: usize,
     activation: &str,
+    threshold: f32,
     bias: Option<FloatBuffer>,
     out: FloatBuffer,
     threads: usize,
 ) -> PyResult<()> {
     run(py, || {
-        let (out_dtype, activation) = (Dtype::parse("out", &out.2)?, ActivationFormat::parse(activation)?);
+        let (out_dtype, activation) = (Dtype::parse("out", &out.2)?, ActivationFormat::parse(activation, threshold)?);
         // SAFETY: the caller lends its tensors for this call.
         unsafe {
             let bias = match bias {
@@ -114,6 +116,18 @@ fn linear(
             cpu::linear(&weight.packed()?, x, activation, bias, floats_mut((out.0, out.1), out_dtype)?, threads)
         }
     })
+}
+
+/// From how many tokens on activations of a dtype are rounded to int8 as `activation` says; None if never.
+#[pyfunction]
+fn rounded_from(weight: &WeightView, activation: &str, dtype: &str) -> PyResult<Option<usize>> {
+    let from = || {
+        let (dtype, format) = (Dtype::parse("dtype", dtype)?, ActivationFormat::parse(activation, 0.0)?);
+        // SAFETY: the caller lends its tensors for this call.
+        let weight = unsafe { weight.packed()? };
+        cpu::rounded_from(&weight, format, dtype)
+    };
+    from().map_err(|error| to_python(&error))
 }
 
 /// `out[tokens, cols] = grad[tokens, rows] @ weight`, rows of grad `grad_row_stride` elements apart.

@@ -357,7 +357,7 @@ def int8_mm_dequant(
 class MatmulLtState:
     """The 8-bit weight of a product: codes ``CB`` int8 [N, K] and absolute maxima ``SCB`` float32 [N].
 
-    ``threshold`` is kept for its readers: no activation is quantized, so that none is an outlier.
+    ``threshold`` is the magnitude from which on activations are outliers, or 0 for none.
     """
 
     CB: Tensor | None = None
@@ -386,15 +386,16 @@ def matmul(
 ) -> Tensor:
     """``A @ W.T + bias`` with W [N, K] in 8 bits by row, [..., N] in the dtype of A.
 
-    W is that of the state, or else B, quantized into the state. A is not quantized: the result is closer to the
-    product with the float weight than bitsandbytes', and needs no threshold.
+    W is that of the state, or else B, quantized into the state. A is quantized by row where that is faster, as with
+    many rows, but for columns that reach the threshold of the state, if that is not 0.
     """
     state = MatmulLtState() if state is None else state
     if threshold > 0.0:
         state.threshold = threshold
     if state.CB is None or state.SCB is None:
         state.CB, state.SCB, _ = int8_vectorwise_quant(B)
-    result = lowbit_rs.linear(A, packed_rows(state.CB, state.SCB, _float_dtype(A)), bias)
+    packed = packed_rows(state.CB, state.SCB, _float_dtype(A))
+    result = lowbit_rs.linear(A, packed, bias, activation="auto", threshold=state.threshold)
     return result if out is None else out.copy_(result)
 
 

@@ -176,6 +176,16 @@ def _read_8bit(source: TensorSource, module: str) -> ForeignWeight:
     return foreign_weight(name, make_spec(("int8", 0, "row", False)), shape, dtype, parts, load)
 
 
+def products(quantization: Quantization) -> dict[str, Any]:
+    """How the weights of a checkpoint are multiplied, as options of a LowbitConfig.
+
+    Rows in 8 bits are meant for activations in 8 bits, but for outliers: those from 6 on where nothing is said.
+    """
+    if quantization.get("load_in_8bit") is not True:
+        return {}
+    return {"activation": "auto", "threshold": quantization.get("llm_int8_threshold", default=6.0)}
+
+
 def write(tensor: QuantizedTensor, source: TensorSource) -> list[Part]:
     """The parts of a native weight in bitsandbytes' layout. Raises Unsupported where that has none for it."""
     if tensor.permuted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from lowbit_rs.files.safetensors_format import TensorInfo, brief
 from lowbit_rs.files.safetensors_stream import Buffer, SafetensorsReader, SafetensorsWriter
 
 from . import bitsandbytes
-from .registry import OPTION_FILES, foreign_weights
+from .registry import OPTION_FILES, foreign_weights, product_options
 from .source import ForeignWeight, TensorSource
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class _ToNative:
     source: TensorSource
     weights: tuple[ForeignWeight, ...]
     consumed: frozenset[str]
-    quantization_config: Mapping[str, Any] = field(default_factory=lambda: NATIVE)
+    quantization_config: Mapping[str, Any]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,7 +121,8 @@ def _to_native(source: TensorSource) -> _ToNative:
     if clash or len(consumed) != len(set(consumed)):
         got = f"{brief(clash[0])}, a name that the native weight needs" if clash else "a tensor in two weights"
         raise invalid(f"{source.checkpoint.path}: {method}", got, "the parts of each weight alone")
-    return _ToNative(source, tuple(weights), frozenset(consumed))
+    config = {**NATIVE, **product_options(source.checkpoint)}
+    return _ToNative(source, tuple(weights), frozenset(consumed), config)
 
 
 @dataclass(frozen=True)

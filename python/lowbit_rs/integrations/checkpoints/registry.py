@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.files.checkpoint import Checkpoint
@@ -48,6 +49,12 @@ def foreign_weights(source: TensorSource) -> tuple[str, list[ForeignWeight]]:
     if not weights:
         raise invalid("source", f"{checkpoint.path}, with no weight that {method} packed", "quantized weights")
     return method, weights
+
+
+def product_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the weights of another library's checkpoint are multiplied, as options of a LowbitConfig."""
+    method, quantization = _method(checkpoint)
+    return bitsandbytes.products(quantization) if method == "bitsandbytes" else {}
 
 
 def _method(checkpoint: Checkpoint) -> tuple[str, Quantization]:

@@ -14,7 +14,7 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit_rs._ops import check_activation
+from lowbit_rs._ops import THRESHOLD, check_activation, check_threshold
 from lowbit_rs.errors import InvalidArgument, invalid
 from lowbit_rs.files.metadata import FORMAT_VERSION
 from lowbit_rs.files.recipe import BLOCK_OPTIMAL, FIT, Recipe
@@ -34,6 +34,7 @@ _PACKING = (
     "nonfinite",
     "compute_dtype",
     "activation",
+    "threshold",
 )
 _DTYPES = ("scale_dtype", "compute_dtype")
 
@@ -47,7 +48,7 @@ _OF_BITSANDBYTES = {
     "bnb_4bit_blocksize": "block_size",
     "bnb_4bit_quant_storage": "nothing: packed weights are uint8 or int8",
     "llm_int8_skip_modules": "skip_modules",
-    "llm_int8_threshold": "nothing: activations stay in floating point",
+    "llm_int8_threshold": 'threshold, with activation="auto"',
     "llm_int8_enable_fp32_cpu_offload": "nothing: packed layers run on the CPU, too",
 }
 
@@ -60,7 +61,9 @@ class LowbitConfig(QuantizationConfigMixin):
       ``nonfinite``: as in :func:`lowbit_rs.quantize`; ``codebook`` may also be "block-optimal", the values that are
       best for normal weights at this block size, or "fit", those that are best for each weight.
     - ``compute_dtype``: activations are rounded to it before a product; by default they are taken as they come.
-    - ``activation``: "int8" lets products round activations to 8 bits where that is faster: see QuantLinear.
+    - ``activation``: "int8" lets products round activations to 8 bits where that is faster, "auto" where it is
+      much faster and beside int8 weights by row alone: see QuantLinear.
+    - ``threshold``: columns of activations that reach it are not rounded; 0 or None rounds all.
     - ``skip_modules``: names or patterns of modules that stay as they are, as ``skip`` of
       :func:`lowbit_rs.quantize_model`. By default, the output head and what the model asks to have in fp32. Given, it
       takes the place of the default; modules that share their weight with another one stay in any case.
@@ -86,6 +89,7 @@ class LowbitConfig(QuantizationConfigMixin):
         *,
         compute_dtype: torch.dtype | str | None = None,
         activation: str = "none",
+        threshold: float | None = THRESHOLD,
         skip_modules: Iterable[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         embeddings: bool = False,
@@ -109,6 +113,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.codebook = _plain_codebook(codebook)
         self.compute_dtype = _dtype("compute_dtype", compute_dtype)
         self.activation = activation
+        self.threshold = threshold
         self.scale_dtype = _dtype("scale_dtype", scale_dtype)
         self.block_order = block_order
         self.signed_absmax = signed_absmax
@@ -138,6 +143,11 @@ class LowbitConfig(QuantizationConfigMixin):
         activation: str = self._options(module)["activation"]
         return activation
 
+    def threshold_of(self, module: str) -> float | None:
+        """The smallest outlier among the activations of a module; None or 0 for none."""
+        threshold: float | None = self._options(module)["threshold"]
+        return threshold
+
     def _options(self, module: str | None = None) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _PACKING}
         for pattern, override in self.overrides.items():
@@ -149,6 +159,7 @@ class LowbitConfig(QuantizationConfigMixin):
         _flag("double_quant", options["double_quant"])
         _flag("signed_absmax", options["signed_absmax"])
         check_activation(options["activation"])
+        check_threshold(options["threshold"])
         return Recipe(
             options["format"] or "nf4",
             options["block_size"],

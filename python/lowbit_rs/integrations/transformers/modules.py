@@ -79,24 +79,32 @@ def place(
     model: nn.Module,
     name: str,
     weights: Mapping[str, QuantizedTensor],
-    compute_dtype: torch.dtype | None,
-    activation: str,
+    config: LowbitConfig,
 ) -> nn.Module:
     """Puts a packed module, empty and on the meta device, where ``model`` has the float one ``name``; returns it.
 
-    ``weights`` describes what each parameter of ``weight_shapes`` is packed as.
+    ``weights`` describes what each parameter of ``weight_shapes`` is packed as, ``config`` how activations are taken.
     """
     module = model.get_submodule(name)
     packed = {key: _empty(weight, module.get_parameter(key).dtype) for key, weight in weights.items()}
+    compute_dtype = config.compute_dtype_of(name)
     new: nn.Module
     if isinstance(module, nn.Embedding):
         new = QuantEmbedding.from_packed(packed["weight"], module.padding_idx)
     elif isinstance(module, nn.Linear | Conv1D):
         kind = QuantConv1D if isinstance(module, Conv1D) else QuantLinear
         bias = module._parameters.get("bias")
-        new = kind.from_packed(packed["weight"], bias, compute_dtype=compute_dtype, activation=activation)
+        new = kind.from_packed(
+            packed["weight"],
+            bias,
+            compute_dtype=compute_dtype,
+            activation=config.activation_of(name),
+            threshold=config.threshold_of(name),
+        )
     else:
-        new = QuantExperts.from_packed(module, packed, compute_dtype=compute_dtype, activation=activation)
+        new = QuantExperts.from_packed(
+            module, packed, compute_dtype=compute_dtype, activation=config.activation_of(name)
+        )
     replace_module(model, module, new.train(module.training))
     return new
 

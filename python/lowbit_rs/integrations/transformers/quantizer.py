@@ -76,8 +76,7 @@ class LowbitQuantizer(HfQuantizer):
         plans = stored.weights or self._plans(model)
         for name, weights in plans.items():
             source = model.get_submodule(name)
-            config = self.quantization_config
-            module = modules.place(model, name, weights, config.compute_dtype_of(name), config.activation_of(name))
+            module = modules.place(model, name, weights, self.quantization_config)
             if self.pre_quantized:
                 module._is_hf_initialized = True  # type: ignore[assignment]  # it has nothing to be initialized
             else:

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::aligned::Aligned;
 use super::dot::{Arithmetic, Dot, DotKernel, dispatch_dot};
+use super::int8_rows::Codes;
 use super::isa::Isa;
 use super::scales::widen;
 use super::simd::Simd;
@@ -85,22 +86,25 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// The activations `x`, `room` tokens wide, the last ones zero. None where integers are asked for and an
-    /// activation is NaN or infinite: that has no integer.
+    /// The activations `x`, `room` tokens wide, the last ones zero. For int8 by rows `rounded` has their integers. None
+    /// where other integers are asked for and an activation is NaN or infinite: that has no integer.
     pub(super) fn new(
         isa: Isa,
         arithmetic: Arithmetic,
         weight: &PackedWeight<'_>,
         x: &Activations<'_>,
+        rounded: Option<Codes<'_>>,
         room: usize,
     ) -> Option<Self> {
-        dispatch_dot(isa, arithmetic, weight, Arrange { weight, x, room, interval: interval(weight, arithmetic) })
+        let interval = interval(weight, arithmetic);
+        dispatch_dot(isa, arithmetic, weight, Arrange { weight, x, rounded, room, interval })
     }
 }
 
 struct Arrange<'a> {
     weight: &'a PackedWeight<'a>,
     x: &'a Activations<'a>,
+    rounded: Option<Codes<'a>>,
     room: usize,
     interval: usize,
 }
@@ -138,7 +142,10 @@ impl DotKernel for Arrange<'_> {
                     fill_side::<S, D>(scales, |column| steps[column / INT16_INTERVAL].to_bits());
                 }
                 _ => {
-                    let (numbers, steps) = to_int8(&row[..layout.cols], row.len(), self.interval)?;
+                    let (numbers, steps) = match self.rounded {
+                        Some(rounded) => (padded(rounded.row(token), row.len()), vec![rounded.scales()[token]]),
+                        None => to_int8(&row[..layout.cols], row.len(), self.interval)?,
+                    };
                     place(&numbers, i8::cast_unsigned, &places, as_slice_mut(units));
                     fill_side::<S, D>(scales, |column| {
                         steps.get(column / self.interval).map_or(0, |step| step.to_bits())
@@ -155,6 +162,14 @@ impl DotKernel for Arrange<'_> {
         }
         Some(lanes)
     }
+}
+
+/// The numbers of a row, and zeros up to `room`.
+#[inline(always)]
+fn padded(row: &[i8], room: usize) -> Vec<i8> {
+    let mut numbers = vec![0; room];
+    numbers[..row.len()].copy_from_slice(row);
+    numbers
 }
 
 /// For every place in the units of a group, the code of the group that belongs there.
@@ -233,8 +248,8 @@ fn to_int16(row: &[f32]) -> Option<(Vec<i16>, Vec<f32>)> {
     (most < f32::INFINITY.to_bits()).then_some((numbers, steps))
 }
 
-/// A row in int8, `room` long, with a scale for each `interval`: absmax / 127, as bitsandbytes' vector-wise and llama.cpp's
-/// block-wise quantization have it. None where a number is NaN or infinite.
+/// A row in int8, `room` long, with a scale for each `interval`: absmax / 127, as llama.cpp's block-wise quantization has
+/// it. None where a number is NaN or infinite.
 #[inline(always)]
 fn to_int8(row: &[f32], room: usize, interval: usize) -> Option<(Vec<i8>, Vec<f32>)> {
     let mut numbers = vec![0; room];
@@ -257,7 +272,7 @@ fn to_int8(row: &[f32], room: usize, interval: usize) -> Option<(Vec<i8>, Vec<f3
 /// The nearest integer to a number below 2^22, ties to even: beyond 2^23 floats have no fraction. Conversions of the
 /// language saturate, which no instruction does for a vector at once.
 #[inline(always)]
-fn round(x: f32) -> i32 {
+pub(super) fn round(x: f32) -> i32 {
     const INTEGERS: f32 = 1.5 * (1 << 23) as f32;
     (x + INTEGERS).to_bits().wrapping_sub(INTEGERS.to_bits()).cast_signed()
 }

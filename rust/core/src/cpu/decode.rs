@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::activations::{Activations, Lanes};
 use super::codes::load_words;
 use super::dot::{Arithmetic, Dot, DotKernel, dispatch_dot};
+use super::int8_rows::Codes;
 use super::isa::Isa;
 use super::linear::Finish;
 use super::parallel;
@@ -43,13 +44,14 @@ pub(super) struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
-    /// The product with up to as many tokens as [`most_tokens`] says. None where integers are asked for and an
-    /// activation is NaN or infinite.
+    /// The product with up to as many tokens as [`most_tokens`] says; for int8 by rows `rounded` has their integers. None
+    /// where other integers are asked for and an activation is NaN or infinite.
     pub(super) fn new(
         isa: Isa,
         arithmetic: Arithmetic,
         weight: &'a PackedWeight<'a>,
         x: &Activations<'_>,
+        rounded: Option<Codes<'_>>,
     ) -> Option<Self> {
         debug_assert!(!weight.layout().straddles_rows);
         let room = match x.tokens {
@@ -57,7 +59,7 @@ impl<'a> Product<'a> {
             5.. => 8,
             few => few,
         };
-        let lanes = Lanes::new(isa, arithmetic, weight, x, room)?;
+        let lanes = Lanes::new(isa, arithmetic, weight, x, rounded, room)?;
         Some(Self { weight, arithmetic, isa, lanes, tokens: x.tokens, room })
     }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::activations::Activations;
 use super::dot::Arithmetic;
+use super::int8_rows::{Codes, Int8Rows};
 use super::isa::{Isa, Kernel, dispatch};
 use super::panel::{self, Direction};
 use super::path::{self, ActivationFormat, Path};
@@ -16,7 +17,7 @@ use crate::storage::PackedWeight;
 use crate::{Error, Result};
 
 /// Tokens that are multiplied at once; bounds the copy of the activations.
-const TOKENS_AT_ONCE: usize = 512;
+pub(super) const TOKENS_AT_ONCE: usize = 512;
 
 /// What kernels hand their results to: `finish(tokens, outputs, strip, stride)` gets ranges of tokens and outputs and rows
 /// of their values, one a token and `stride` apart. Strips come in any order and from any thread.
@@ -81,33 +82,88 @@ impl Call<'_> {
             if terms == 0 {
                 out.write(self.isa, 0..x.tokens, 0..outputs, &vec![0.0; outputs * x.tokens], outputs);
             } else if outputs > 0 {
-                for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
-                    self.run(&x.rows(tokens.clone()), tokens.start, &out);
+                match self.round(&x, terms) {
+                    Some(rounded) => self.run_rounded(&x, &rounded, &out),
+                    None => self.run_exact(&x, &out),
                 }
             }
         });
         Ok(())
     }
 
-    /// Multiplies `x`, whose first row is token `first` of `out`.
-    fn run<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        match path::choose(self.isa, self.weight, self.direction, self.format, x) {
-            Path::Decode(arithmetic) => self.decode(arithmetic, x, first, out),
-            Path::Panel => self.panel(x, first, out),
-            #[cfg(target_arch = "x86_64")]
-            Path::Tiles(numbers) => self.tiles(numbers, x, first, out),
+    /// Activations in int8 with a scale for each row, where the kernel that is chosen for them takes these. Most of them
+    /// have to be integers for that: with outliers in more than a quarter of the columns they stay what they are.
+    fn round(&self, x: &Activations<'_>, terms: usize) -> Option<Int8Rows> {
+        let tokens = x.tokens.min(TOKENS_AT_ONCE);
+        if tokens == 0 || !self.weight.is_int8_by_rows() || !self.path(self.format, x, tokens).is_int8() {
+            return None;
+        }
+        let rounded = Int8Rows::round(self.isa, x, terms, self.format.threshold(), self.threads);
+        (4 * rounded.outlier_columns() <= terms).then_some(rounded)
+    }
+
+    fn path(&self, format: ActivationFormat, x: &Activations<'_>, tokens: usize) -> Path {
+        path::choose(self.isa, self.weight, self.direction, format, (tokens, x.values.dtype()))
+    }
+
+    /// Multiplies `x` as it is, or rounded by blocks.
+    fn run_exact<T: Element>(&self, x: &Activations<'_>, out: &Out<'_, T>) {
+        let format = if self.weight.is_int8_by_rows() { ActivationFormat::None } else { self.format };
+        for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
+            let (rows, first) = (x.rows(tokens.clone()), tokens.start);
+            match self.path(format, x, tokens.len()) {
+                Path::Decode(arithmetic) => self.decode(arithmetic, &rows, first, out),
+                Path::Panel => self.panel(&rows, first, out),
+                #[cfg(target_arch = "x86_64")]
+                Path::Tiles(numbers) => {
+                    let product = amx::Product::new(self.weight, self.direction, numbers, &rows, None, self.threads);
+                    product.run(self.threads, &out.after(self.isa, first));
+                }
+            }
         }
     }
 
     fn decode<T: Element>(&self, arithmetic: Arithmetic, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
         for tokens in parallel::ranges(x.tokens, decode::most_tokens(self.isa)) {
             let (rows, first) = (x.rows(tokens.clone()), first + tokens.start);
-            match decode::Product::new(self.isa, arithmetic, self.weight, &rows) {
+            match decode::Product::new(self.isa, arithmetic, self.weight, &rows, None) {
                 Some(product) => product.run(self.threads, &out.after(self.isa, first)),
                 // There are no integers for NaN and infinities; other tokens do not notice.
                 None if rows.tokens == 1 => self.panel(&rows, first, out),
                 None => (0..rows.tokens).for_each(|i| self.decode(arithmetic, &rows.rows(i..i + 1), first + i, out)),
             }
+        }
+    }
+
+    /// Multiplies the integers that `x` was rounded to, and adds what its columns of outliers make.
+    fn run_rounded<T: Element>(&self, x: &Activations<'_>, rounded: &Int8Rows, out: &Out<'_, T>) {
+        let correction = rounded.correction(self.isa, self.weight, self.threads);
+        for tokens in parallel::ranges(x.tokens, TOKENS_AT_ONCE) {
+            let first = tokens.start;
+            let store = out.after(self.isa, first);
+            let finish = |tokens: Range<usize>, outputs: Range<usize>, strip: &[f32], stride: usize| match &correction {
+                Some(correction) => correction.add(first, &store, (tokens, outputs), strip, stride),
+                None => store(tokens, outputs, strip, stride),
+            };
+            self.multiply_codes(&x.rows(tokens.clone()), rounded.codes(tokens), &finish);
+        }
+    }
+
+    fn multiply_codes(&self, x: &Activations<'_>, codes: Codes<'_>, finish: &Finish<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if let Path::Tiles(amx::Numbers::Int8) = self.path(self.format, x, x.tokens) {
+            let numbers = amx::Numbers::Int8;
+            let product = amx::Product::new(self.weight, self.direction, numbers, x, Some(codes), self.threads);
+            product.run(self.threads, finish);
+            return;
+        }
+        for tokens in parallel::ranges(x.tokens, decode::most_tokens(self.isa)) {
+            let (rows, codes, first) = (x.rows(tokens.clone()), codes.rows(tokens.clone()), tokens.start);
+            let product = decode::Product::new(self.isa, Arithmetic::Int8, self.weight, &rows, Some(codes))
+                .expect("rows that are rounded have integers");
+            product.run(self.threads, &|tokens, outputs, strip, stride| {
+                finish(first + tokens.start..first + tokens.end, outputs, strip, stride);
+            });
         }
     }
 
@@ -122,15 +178,6 @@ impl Call<'_> {
             tokens: x.tokens,
         };
         product.run(self.isa, self.threads, &out.after(self.isa, first));
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn tiles<T: Element>(&self, numbers: amx::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        match amx::Product::new(self.weight, self.direction, numbers, x, self.threads) {
-            Some(product) => product.run(self.threads, &out.after(self.isa, first)),
-            // There are no integers for NaN and infinities.
-            None => self.panel(x, first, out),
-        }
     }
 }
 

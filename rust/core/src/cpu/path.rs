@@ -1,9 +1,9 @@
 //! Which kernel multiplies: one table of costs.
 
-use super::activations::Activations;
 use super::decode;
 use super::dot::Arithmetic;
 use super::isa::Isa;
+use super::linear::TOKENS_AT_ONCE;
 use super::panel::Direction;
 #[cfg(target_arch = "x86_64")]
 use super::x86::amx::Numbers;
@@ -12,21 +12,43 @@ use crate::storage::PackedWeight;
 use crate::{Error, Result};
 
 /// What activations may be rounded to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ActivationFormat {
     /// They stay what they are.
     None,
     /// int8 with a scale for 64 of them, or for a row beside int8 weights with a scale a row, wherever that is faster.
-    Int8,
+    /// Beside those, columns with a magnitude of `threshold` or more stay what they are; it may be infinite.
+    Int8 {
+        /// The smallest outlier.
+        threshold: f32,
+    },
+    /// As [`Self::Int8`], beside int8 weights with a scale a row alone, and where that is much faster.
+    Auto {
+        /// The smallest outlier.
+        threshold: f32,
+    },
 }
 
 impl ActivationFormat {
-    /// The one that is called `name`.
-    pub fn parse(name: &str) -> Result<Self> {
+    /// The one that is called `name`; a threshold of 0 is none.
+    pub fn parse(name: &str, threshold: f32) -> Result<Self> {
+        if threshold.is_nan() || threshold < 0.0 {
+            return Err(Error::invalid("threshold", threshold.to_string(), "a positive number, or 0 for none"));
+        }
+        let threshold = if threshold == 0.0 { f32::INFINITY } else { threshold };
         match name {
             "none" => Ok(Self::None),
-            "int8" => Ok(Self::Int8),
-            _ => Err(Error::invalid("activation", format!("{name:?}"), "\"none\" or \"int8\"")),
+            "int8" => Ok(Self::Int8 { threshold }),
+            "auto" => Ok(Self::Auto { threshold }),
+            _ => Err(Error::invalid("activation", format!("{name:?}"), "\"none\", \"int8\" or \"auto\"")),
+        }
+    }
+
+    /// The smallest outlier.
+    pub(super) fn threshold(self) -> f32 {
+        match self {
+            Self::None => f32::INFINITY,
+            Self::Int8 { threshold } | Self::Auto { threshold } => threshold,
         }
     }
 }
@@ -63,6 +85,15 @@ struct Costs {
     tiles: Option<Cost>,
 }
 
+/// Tiles of int8 beside int8 weights by row, in proportion to those of bf16: codes are copied and not widened, and a tile
+/// has twice the terms.
+#[cfg(target_arch = "x86_64")]
+const INT8_TILES: Cost = Cost { weights: 13.0, tokens: 5.5 };
+
+/// How much faster rounded activations have to be for [`ActivationFormat::Auto`] to take them, also with many tokens: where
+/// they do not pay then, nobody looks for them.
+const AUTO_GAIN: f32 = 1.4;
+
 /// Time in which a thread reads 64 bytes, 128 weights of 4 bits, from memory: no pass over the weight is faster.
 const READ: f32 = 11.0;
 
@@ -84,16 +115,53 @@ const fn costs(isa: Isa) -> Costs {
     }
 }
 
-/// The fastest kernel for a product that may round activations as `format` says.
+impl Path {
+    /// Whether activations are rounded to int8.
+    pub(super) fn is_int8(self) -> bool {
+        match self {
+            Self::Decode(arithmetic) => arithmetic == Arithmetic::Int8,
+            Self::Panel => false,
+            #[cfg(target_arch = "x86_64")]
+            Self::Tiles(numbers) => numbers == Numbers::Int8,
+        }
+    }
+}
+
+/// The kernel for a product of `tokens` activations of a dtype, which may round them as `format` says.
 pub(super) fn choose(
     isa: Isa,
     weight: &PackedWeight<'_>,
     direction: Direction,
     format: ActivationFormat,
-    x: &Activations<'_>,
+    (tokens, dtype): (usize, Dtype),
 ) -> Path {
+    let fastest = |rounds: bool, tokens: usize| fastest(isa, weight, direction, rounds, (tokens, dtype));
+    let pays = |tokens: usize| fastest(false, tokens).1 >= AUTO_GAIN * fastest(true, tokens).1;
+    let rounds = match format {
+        ActivationFormat::None => false,
+        ActivationFormat::Int8 { .. } => true,
+        ActivationFormat::Auto { .. } => weight.is_int8_by_rows() && pays(tokens) && pays(TOKENS_AT_ONCE),
+    };
+    fastest(rounds, tokens).0
+}
+
+/// From how many tokens on activations of a dtype are rounded to int8; none if never.
+pub fn rounded_from(weight: &PackedWeight<'_>, format: ActivationFormat, dtype: Dtype) -> Result<Option<usize>> {
+    let isa = Isa::current()?;
+    let is_int8 = |&tokens: &usize| choose(isa, weight, Direction::Forward, format, (tokens, dtype)).is_int8();
+    Ok((1..=TOKENS_AT_ONCE).find(is_int8))
+}
+
+/// The fastest kernel, and its cost; one that `rounds` may take int8 for activations.
+fn fastest(
+    isa: Isa,
+    weight: &PackedWeight<'_>,
+    direction: Direction,
+    rounds: bool,
+    (tokens, dtype): (usize, Dtype),
+) -> (Path, f32) {
     let costs = costs(isa);
-    let tokens = x.tokens as f32;
+    let tokens = tokens as f32;
     let mut best = (Path::Panel, costs.panel.weights + costs.panel.tokens * tokens);
     let mut consider = |path: Path, cost: f32| {
         if cost < best.1 {
@@ -105,32 +173,33 @@ pub(super) fn choose(
         let passes = (tokens / at_once).ceil();
         let decode = |cost: Cost| passes * (cost.weights + cost.tokens * tokens.min(at_once)).max(READ);
         consider(Path::Decode(Arithmetic::Fp32), decode(costs.fp32));
-        if x.values.dtype() != Dtype::Float32 {
+        if dtype != Dtype::Float32 {
             consider(Path::Decode(Arithmetic::Int16), decode(costs.int16));
         }
-        if format == ActivationFormat::Int8 {
+        if rounds {
             consider(Path::Decode(Arithmetic::Int8), decode(costs.int8));
         }
     }
     #[cfg(target_arch = "x86_64")]
     if let Some(tiles) = costs.tiles {
-        let numbers = tile_numbers(weight, direction, format, x.values.dtype());
+        let numbers = tile_numbers(weight, direction, rounds, dtype);
         let products = numbers.product_count() as f32;
+        let tiles = if numbers == Numbers::Int8 { INT8_TILES } else { tiles };
         let weights = tiles.weights * numbers.w_parts() as f32;
         consider(Path::Tiles(numbers), weights + products * tiles.tokens * (tokens / 16.0).ceil());
     }
-    best.0
+    best
 }
 
 /// What tiles hold for the activations: as many parts as their dtype has of bf16, and enough of the weight's that the
 /// result is as exact as the dtype. bf16 activations meet weights rounded to bf16, as a bf16 layer of torch holds them.
 #[cfg(target_arch = "x86_64")]
-fn tile_numbers(weight: &PackedWeight<'_>, direction: Direction, format: ActivationFormat, dtype: Dtype) -> Numbers {
+fn tile_numbers(weight: &PackedWeight<'_>, direction: Direction, rounds: bool, dtype: Dtype) -> Numbers {
     /// Longest row whose sums of int8 products fit int32.
     const LONGEST: usize = i32::MAX as usize / (128 * 127);
     // Codes of int8 with a scale a row are multiplied as they are.
     let is_exact = weight.is_int8_by_rows() && direction == Direction::Forward;
-    if is_exact && format == ActivationFormat::Int8 && weight.layout().cols <= LONGEST {
+    if is_exact && rounds && weight.layout().cols <= LONGEST {
         return Numbers::Int8;
     }
     let x_parts = match dtype {

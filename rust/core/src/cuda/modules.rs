@@ -81,21 +81,21 @@ impl Modules {
                 device.capability().compute
             )
         })?;
-        fill_dynamic_map(device, module)?;
+        // Asking a module for what it has not is an error of the driver's, which tools that watch it report.
+        if image.bytes.windows(DYNAMIC_MAP.len()).any(|bytes| bytes == DYNAMIC_MAP.as_bytes()) {
+            fill_dynamic_map(device, module)?;
+        }
         modules.insert(image.name, Module(module));
         Ok(Module(module))
     }
 }
 
-/// Fills the table of the dynamic map, where a module has one.
+/// Fills the table of the dynamic map of a module.
 fn fill_dynamic_map(device: &Device, module: sys::CUmodule) -> Result<()> {
     let name = CString::new(DYNAMIC_MAP).expect("no zero byte");
     let (mut address, mut bytes) = (0, 0);
     // SAFETY: writes two numbers.
     let found = unsafe { sys::cuModuleGetGlobal_v2(&raw mut address, &raw mut bytes, module, name.as_ptr()) };
-    if found == sys::CUresult::CUDA_ERROR_NOT_FOUND {
-        return Ok(());
-    }
     let named = |call: &str| format!("{call} of {DYNAMIC_MAP} on {device}");
     check(found, || named("cuModuleGetGlobal"))?;
     let map = dynamic_map();

@@ -1,6 +1,8 @@
 //! The one table that picks a kernel and its grid, from what is to be done and what the device can.
 
 use super::decode;
+#[cfg(test)]
+use super::int8_plan;
 use crate::dtype::Dtype;
 use crate::format::{Layout, Spec};
 use crate::{Error, Result};
@@ -311,7 +313,7 @@ mod tests {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().any(|name| name == *entry)
+                    || decode::entries().chain(int8_plan::entries()).any(|name| name == *entry)
                     || batch::entries().any(|(_, name)| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
             }

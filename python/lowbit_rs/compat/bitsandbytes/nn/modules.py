@@ -194,8 +194,8 @@ class _Layer8bit(nn.Module):
 class Linear8bitLt(_Layer8bit, nn.Linear):  # type: ignore[misc]  # a Parameter of a narrower type
     """A linear layer in 8 bits by row: floats until ``.to(device)``, int8 from then on.
 
-    x is not quantized: the result is closer to that of the float layer than LLM.int8's, in the dtype of x, and
-    ``threshold`` is kept without an effect. Weights that stay float16 for training (``has_fp16_weights=True``, the
+    x is quantized by row where that is faster, as with many tokens, but for columns that reach ``threshold``, if that
+    is not 0; the result is in the dtype of x. Weights that stay float16 for training (``has_fp16_weights=True``, the
     default in bitsandbytes) are not supported.
     """
 

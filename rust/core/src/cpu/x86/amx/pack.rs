@@ -16,7 +16,8 @@ use super::fill::Order;
 use super::product::{CHUNK_STEPS, Numbers};
 use super::scratch::Scratch;
 use super::tiles::{Line, Operand, ROW_BYTES, ROWS, TILE_BYTES};
-use crate::cpu::activations::{Activations, largest_bits};
+use crate::cpu::activations::Activations;
+use crate::cpu::int8_rows::Codes;
 use crate::cpu::parallel;
 use crate::cpu::simd::Simd;
 use crate::cpu::x86::avx512::Avx512;
@@ -43,12 +44,16 @@ pub(super) struct Form {
 }
 
 impl Packed {
-    /// Packs `x`, rows of `terms`. None where integers are asked for and an activation is NaN or infinite.
-    pub(super) fn new(x: &Activations<'_>, terms: usize, form: Form, threads: usize) -> Option<Self> {
-        let scales = match form.numbers {
-            Numbers::Int8 => row_scales(x, terms, threads)?,
-            Numbers::Bf16 { .. } => Vec::new(),
-        };
+    /// Packs `x`, rows of `terms`, or of int8 the integers that it was rounded to.
+    pub(super) fn new(
+        x: &Activations<'_>,
+        rounded: Option<Codes<'_>>,
+        terms: usize,
+        form: Form,
+        threads: usize,
+    ) -> Self {
+        debug_assert!(rounded.is_some() || form.numbers != Numbers::Int8);
+        let scales = rounded.map_or_else(Vec::new, |rounded| rounded.scales().to_vec());
         let parts = form.numbers.x_parts();
         let token_tiles = x.tokens.div_ceil(ROWS);
         let chunk_lines = parts * token_tiles * CHUNK_STEPS * ROWS;
@@ -56,9 +61,9 @@ impl Packed {
         let mut lines = Scratch::take(chunks * chunk_lines);
         parallel::for_each(threads, lines.chunks_mut(chunk_lines).enumerate().collect(), |(chunk, lines)| {
             // SAFETY: tiles are in use only where `is_available` has said so, which asks for these instructions.
-            unsafe { pack_chunk(x, terms, form, &scales, chunk, lines) };
+            unsafe { pack_chunk(x, rounded, terms, form, chunk, lines) };
         });
-        Some(Self { lines, parts, token_tiles, scales })
+        Self { lines, parts, token_tiles, scales }
     }
 
     /// Bytes of all tiles.
@@ -73,30 +78,15 @@ impl Packed {
     }
 }
 
-/// absmax / 127 of every row.
-fn row_scales(x: &Activations<'_>, terms: usize, threads: usize) -> Option<Vec<f32>> {
-    let mut scales = vec![0.0; x.tokens];
-    let parts = scales.chunks_mut(8).enumerate().collect();
-    parallel::for_each(threads, parts, |(part, scales): (usize, &mut [f32])| {
-        // SAFETY: as in `Packed::new`.
-        unsafe { scales_of_rows(x, terms, part * 8, scales) };
-    });
-    scales.iter().all(|scale| scale.is_finite()).then_some(scales)
-}
-
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn scales_of_rows(x: &Activations<'_>, terms: usize, first: usize, scales: &mut [f32]) {
-    // SAFETY: this function is compiled for its instructions.
-    let simd = unsafe { Avx512::new() };
-    let mut row = vec![0.0; terms];
-    for (token, scale) in (first..).zip(scales) {
-        x.read(simd, token, 0, &mut row);
-        *scale = f32::from_bits(largest_bits(&row)) / 127.0;
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chunk: usize, lines: &mut [Line]) {
+fn pack_chunk(
+    x: &Activations<'_>,
+    rounded: Option<Codes<'_>>,
+    terms: usize,
+    form: Form,
+    chunk: usize,
+    lines: &mut [Line],
+) {
     // SAFETY: this function is compiled for its instructions.
     let simd = unsafe { Avx512::new() };
     let chunk_terms = form.numbers.chunk_terms();
@@ -108,10 +98,14 @@ fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chu
     let mut tiles = vec![[simd.splat(0.0); ROWS]; parts * CHUNK_STEPS];
     for token_tile in 0..token_tiles {
         for (lane, token) in (token_tile * ROWS..).take(ROWS).enumerate() {
+            if let Some(rounded) = rounded {
+                let codes = if token < x.tokens { &rounded.row(token)[first..first + count] } else { &[] };
+                to_lines(codes, lane, &mut tiles);
+                continue;
+            }
             if let (1, None, Floats::Bfloat16(values)) = (parts, &places, x.values)
                 && token < x.tokens
                 && count == chunk_terms
-                && form.numbers != Numbers::Int8
             {
                 copy_bf16(&values[token * x.stride + first..][..count], form.order, lane, &mut tiles);
                 continue;
@@ -127,10 +121,7 @@ fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chu
                 groups.for_each(|(from, to)| to.iter_mut().zip(places).for_each(|(to, &place)| *to = from[place]));
                 std::mem::swap(&mut row, &mut permuted);
             }
-            match form.numbers {
-                Numbers::Int8 => to_int8(simd, &row, scales.get(token).copied().unwrap_or(0.0), lane, &mut tiles),
-                Numbers::Bf16 { .. } => to_bf16(&row, form.order, lane, &mut tiles),
-            }
+            to_bf16(&row, form.order, lane, &mut tiles);
         }
         for (index, tile) in tiles.iter_mut().enumerate() {
             if form.is_right {
@@ -146,17 +137,16 @@ fn pack_chunk(x: &Activations<'_>, terms: usize, form: Form, scales: &[f32], chu
     }
 }
 
-/// Rows of 64 int8: `x / scale`, rounded.
+/// Rows of 64 int8, zeros behind the last.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-fn to_int8(simd: Avx512, row: &[f32], scale: f32, lane: usize, tiles: &mut [[__m512; ROWS]]) {
-    let inverse = if scale > 0.0 && (1.0 / scale).is_finite() { 1.0 / scale } else { 0.0 };
-    for (x, tile) in row.chunks_exact(ROW_BYTES).zip(tiles) {
+#[target_feature(enable = "avx512f")]
+fn to_lines(codes: &[i8], lane: usize, tiles: &mut [[__m512; ROWS]]) {
+    let mut rest = codes;
+    for tile in tiles {
         let mut bytes = Line::ZERO;
-        for (x, bytes) in x.chunks_exact(Avx512::LANES).zip(bytes.0.chunks_exact_mut(Avx512::LANES)) {
-            // SAFETY: both have a vector's worth of numbers.
-            unsafe { simd.round_to_bytes(simd.mul(simd.load(x.as_ptr()), simd.splat(inverse)), bytes.as_mut_ptr()) };
-        }
+        let (now, later) = rest.split_at(rest.len().min(ROW_BYTES));
+        bytes.0.iter_mut().zip(now).for_each(|(byte, code)| *byte = code.cast_unsigned());
+        rest = later;
         // SAFETY: a line is a vector.
         tile[lane] = unsafe { _mm512_loadu_ps(bytes.0.as_ptr().cast()) };
     }

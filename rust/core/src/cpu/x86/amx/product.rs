@@ -14,6 +14,7 @@ use super::pack::{Form, Packed};
 use super::scratch::Scratch;
 use super::tiles::{self, Line, Operand, ROW_BYTES, ROWS, Session, Sums, TILE_BYTES, multiply};
 use crate::cpu::activations::Activations;
+use crate::cpu::int8_rows::Codes;
 use crate::cpu::linear::Finish;
 use crate::cpu::panel::Direction;
 use crate::cpu::parallel;
@@ -110,21 +111,21 @@ pub(in crate::cpu) struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
-    /// The product of `x` with a weight, in either direction. None where integers are asked for and an activation is
-    /// NaN or infinite. Only where [`super::is_available`] has said so.
+    /// The product of `x` with a weight, in either direction; of int8, `rounded` has its integers. Only where [`super::is_available`] has said so.
     pub(in crate::cpu) fn new(
         weight: &'a PackedWeight<'a>,
         direction: Direction,
         numbers: Numbers,
         x: &Activations<'_>,
+        rounded: Option<Codes<'_>>,
         threads: usize,
-    ) -> Option<Self> {
+    ) -> Self {
         assert!(super::is_available());
         let method = Method::choose(weight, direction, numbers);
         let form = Form { numbers, order: method.order(weight), is_right: direction == Direction::Forward };
         let (_, terms) = direction.outputs_and_terms(weight);
-        let packed = Packed::new(x, terms, form, threads)?;
-        Some(Self { weight, direction, numbers, method, x: packed, tokens: x.tokens })
+        let packed = Packed::new(x, rounded, terms, form, threads);
+        Self { weight, direction, numbers, method, x: packed, tokens: x.tokens }
     }
 
     /// Computes it and hands it over, up to 16 tokens at once.
