@@ -132,10 +132,8 @@ class Row {
       most_ = max(most_, is_below ? bits : 0);
       beyond |= is_below ? 0 : 1u << i;
     }
-    // Most blocks come to what others have said.
-    uint32_t* flags = outliers_.flags() + index * kCount / 32;
-    beyond = beyond << index * kCount % 32 & ~__ldcg(flags);
-    if (beyond != 0) atomicOr(flags, beyond);
+    // Nobody waits for this, as one would for a look at what others have said before.
+    atomicOr(outliers_.flags() + index * kCount / 32, beyond << index * kCount % 32);
     return true;
   }
 

@@ -265,8 +265,9 @@ pub fn rounded_from(device: &Device, weight: &DeviceWeight, is_choosy: bool) -> 
 /// are taken from `x`. Summed in int32 and fp32, and rounded once to the dtype of `out`, which is that of `x`. With
 /// outliers, `side` has [`SIDE_NUMBERS`] int16 for each token and each row of the weight.
 ///
-/// # Safety All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out`
-/// and `side` meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
+/// # Safety
+/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` and `side`
+/// meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
 pub unsafe fn linear_int8(
     queue: Queue,
     weight: &DeviceWeight,
