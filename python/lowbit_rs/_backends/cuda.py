@@ -133,12 +133,13 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, 
     magnitude of ``threshold`` or more, if that is not 0. Raises Unsupported for "int8" where no kernel takes that.
     """
     x, tokens, row_stride = rows_of(x)
+    values = floats(x)
     if activation != "none":
         first = rounded_from(weight, activation, x.dtype)
         if first is not None and tokens >= first:
             return linear_int8(weight, x, round_rows(x, threshold), bias)
     if tokens > CUDA_MAX_TOKENS:
-        sizes = _native.cuda_batch_sizes(weight, floats(x), tokens, row_stride)
+        sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
         if sizes is not None:
             return linear_batch(weight, x, bias, sizes)
     out = x.new_empty((*x.shape[:-1], weight.rows))
