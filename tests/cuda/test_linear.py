@@ -252,7 +252,7 @@ def test_devices_are_named() -> None:
         lowbit_rs.linear(torch.randn(3, 64, device="cuda"), packed, torch.randn(24))
     tensors = [packed.data, packed.scale.cpu()]
     with pytest.raises(InvalidArgument, match=r"scale: got a torch\.float32 tensor on cpu, .*torch\.float32 on cuda:0"):
-        OPS.linear.default(torch.randn(3, 64, device="cuda"), None, tensors, [24, 64], *packed.scheme, "none")
+        OPS.linear.default(torch.randn(3, 64, device="cuda"), None, tensors, [24, 64], *packed.scheme, "none", 0.0)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

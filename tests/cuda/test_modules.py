@@ -210,7 +210,7 @@ def test_operators(options: dict[str, Any]) -> None:
         (OPS.quantize.default, quantize),
         (OPS.dequantize.default, [*weight, torch.float16]),
         (OPS.embedding.default, [torch.tensor([3, 0], device="cuda"), *weight, torch.float16]),
-        (OPS.linear.default, [x, torch.randn(24, device="cuda"), *weight, "none"]),
+        (OPS.linear.default, [x, torch.randn(24, device="cuda"), *weight, "none", 0.0]),
         (OPS.linear_grad_input.default, [torch.randn(3, 24, device="cuda", requires_grad=True), *weight]),
     ):
         torch.library.opcheck(op, tuple(arguments))
