@@ -195,7 +195,10 @@ class TestAgainstTheInstalledOne:
             assert "quant_state" in key or torch.equal(tensor, state[key]), key
         plain = nn.Linear(128, 8)
         plain.load_state_dict({"weight": decoded(mine), "bias": mine.bias.data})
-        torch.testing.assert_close(mine(x), plain(x), rtol=1e-5, atol=1e-5)
+        # Activations of 8-bit layers are rounded to 254 steps from -absmax to absmax, by half a step at most.
+        step = x.abs().amax(1, keepdim=True) / 127 if kind == "Linear8bitLt" else torch.zeros(len(x), 1)
+        bound = step / 2 * plain.weight.abs().sum(1) + 1e-5 * (1 + plain(x).abs())
+        assert bool(((mine(x) - plain(x)).abs() <= bound).all())
 
 
 def decoded(layer: Any) -> Tensor:

@@ -156,5 +156,5 @@ def test_other_weights_are_refused_or_taken_as_they_are() -> None:
     for options in ({"format": "int8", "block_size": "row"}, {"format": "nf4"}):
         packed = lowbit_rs.quantize(torch.randn(8, 75, device="cuda"), **options)  # type: ignore[arg-type]
         assert torch.equal(lowbit_rs.linear(x, packed, activation="auto"), lowbit_rs.linear(x, packed))
-        with pytest.raises(Unsupported, match=r'activation="int8" on this GPU: not supported: '):
+        with pytest.raises(Unsupported, match=r'activation="int8" on CUDA: not supported: '):
             lowbit_rs.linear(x, packed, activation="int8")

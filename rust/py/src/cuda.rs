@@ -281,8 +281,7 @@ fn cuda_linear_int8(
 /// pays; Unsupported where never.
 #[pyfunction]
 fn cuda_rounded_from(weight: &CudaWeight, is_choosy: bool) -> PyResult<usize> {
-    let from = || cuda::rounded_from(Device::get(weight.device)?, &weight.weight, is_choosy);
-    from().map_err(|error| to_python(&error))
+    cuda::rounded_from(weight.device, &weight.weight, is_choosy).map_err(|error| to_python(&error))
 }
 
 /// Float32 and int32 elements that `cuda_linear_batch` needs as a workspace. None where no kernel takes the operands, and,

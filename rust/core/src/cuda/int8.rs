@@ -231,11 +231,18 @@ impl TensorMap {
     }
 }
 
+/// Why a weight cannot be multiplied with int8 on any device; none if it can.
+fn obstacle_anywhere(weight: &DeviceWeight) -> Option<String> {
+    let spec = weight.spec();
+    let fits = spec.format == Format::Int8 && spec.block_size == BlockSize::Row && !spec.double_quant;
+    (!fits).then(|| "activations are rounded beside int8 weights with a scale a row alone".to_owned())
+}
+
 /// Why a weight cannot be multiplied with int8 on a device; none if it can.
 fn obstacle(weight: &DeviceWeight, capability: Capability) -> Option<String> {
-    let (spec, layout) = (weight.spec(), weight.layout());
-    if spec.format != Format::Int8 || spec.block_size != BlockSize::Row || spec.double_quant {
-        return Some("activations are rounded beside int8 weights with a scale a row alone".to_owned());
+    let layout = weight.layout();
+    if let Some(reason) = obstacle_anywhere(weight) {
+        return Some(reason);
     }
     if capability.compute != 90 {
         return Some(format!(
@@ -249,16 +256,18 @@ fn obstacle(weight: &DeviceWeight, capability: Capability) -> Option<String> {
 
 /// From how many tokens on a product rounds its activations to int8: with `is_choosy` from where that pays, and else
 /// from where no kernel takes so few as they are. An error says why never.
-pub fn rounded_from(device: &Device, weight: &DeviceWeight, is_choosy: bool) -> Result<usize> {
-    let layout = weight.layout();
-    let reason = obstacle(weight, device.capability());
-    let from = match reason {
-        Some(reason) => Err(reason),
+pub fn rounded_from(device: usize, weight: &DeviceWeight, is_choosy: bool) -> Result<usize> {
+    let refused = |reason| Error::Unsupported { what: "activation=\"int8\" on CUDA", reason };
+    if let Some(reason) = obstacle_anywhere(weight) {
+        return Err(refused(reason));
+    }
+    let (layout, capability) = (weight.layout(), Device::get(device)?.capability());
+    match obstacle(weight, capability) {
+        Some(reason) => Err(refused(reason)),
         None if !is_choosy => Ok(super::MAX_TOKENS + 1),
-        None => pays_from(layout, device.capability())
-            .ok_or_else(|| format!("{} x {} is too small to gain from it", layout.rows, layout.cols)),
-    };
-    from.map_err(|reason| Error::Unsupported { what: "activation=\"int8\" on this GPU", reason })
+        None => pays_from(layout, capability)
+            .ok_or_else(|| refused(format!("{} x {} is too small to gain from it", layout.rows, layout.cols))),
+    }
 }
 
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]` with x as `rows` has it, in int8 but for columns of outliers, which
