@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_rs import _native
-from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
+from lowbit_rs._backends._memory import buffer, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
@@ -65,6 +65,15 @@ def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> CudaWei
             _views.clear()
         _views[key] = made
     return made
+
+
+def joined_view(spec: Spec, shape: Sequence[int], parts: Sequence[Mapping[str, Tensor]]) -> CudaWeight | None:
+    """The view of a weight [N, K] whose rows lie in ``parts``, one behind the other in memory; None if they do not."""
+    first = parts[0]["data"]
+    buffers = joined_buffers(spec, parts, first.device)
+    if buffers is None:
+        return None
+    return CudaWeight(first.get_device(), spec, shape[0], shape[1], buffers.pop("data"), **buffers)
 
 
 def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
@@ -164,6 +173,16 @@ def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
         _native.cuda_dequantize(weight, (0, first, rows, width), floats(part), _stream(weight.device))
         torch.mm(grad, part, out=sums[:, first : first + width])
     return out
+
+
+def queue(device: torch.device) -> tuple[int, bool]:
+    """torch's current stream, and whether work on it is recorded into a CUDA graph instead of done."""
+    return _stream(device.index), torch.cuda.is_current_stream_capturing()
+
+
+def may_wait() -> bool:
+    """Not while a CUDA graph is captured."""
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:

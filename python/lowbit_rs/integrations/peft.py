@@ -88,6 +88,7 @@ def _set(layer: QuantLinear, packed: PackedWeight, bias: torch.Tensor | None) ->
         parameter.data = tensor.to(parameter.device, copy=True)
     if bias is not None:
         layer.bias.copy_(bias)
+    layer.rejoin()
 
 
 _create_new_module: Any = LoraModel._create_new_module

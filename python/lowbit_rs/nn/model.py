@@ -18,6 +18,7 @@ from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts, matrices, stack_names
+from lowbit_rs.nn.fusion import fuse_model
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Report, ReportRow, relative_error
 from lowbit_rs.packed import DTYPES, BlockSize, describe, dtype_name, make_spec
@@ -60,6 +61,7 @@ def quantize_model(
     block_order: str = "row",
     signed_absmax: bool = False,
     device: torch.device | str | int | None = None,
+    fuse: bool = False,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
@@ -72,7 +74,9 @@ def quantize_model(
     - ``compute_dtype``, ``activation``: see QuantLinear;
     - ``progress``: shows a progress bar;
     - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
-      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
+      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
+    - ``fuse``: multiplies q, k and v of an attention, and gate and up of an MLP, in one go: see :func:`fuse_model`, and
+      ``fusion`` of the report.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
     reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
@@ -100,6 +104,8 @@ def quantize_model(
         _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
+    if fuse:
+        report.fusion = fuse_model(model)
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -293,6 +299,8 @@ def _naming(name: str) -> Iterator[None]:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``model`` has ``old``, with its hooks."""
+    if isinstance(old, QuantLinear) and old.fused_group is not None:
+        old.fused_group.leave()
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     for parent in model.modules():
