@@ -43,14 +43,14 @@ class _Call:
     """A product of which some parts are yet to be taken."""
 
     x: Tensor
-    version: int
+    version: int | None
     context: Any
     out: Tensor
     waiting: int  # a bit for each member
 
     def has(self, place: int, x: Tensor, context: Any) -> bool:
         """Whether the part at ``place`` is there, of a product with x as it is now."""
-        is_same = self.x is x and self.version == x._version and self.context == context
+        is_same = self.x is x and self.version == _version(x) and self.context == context
         return is_same and bool(self.waiting >> place & 1)
 
 
@@ -59,8 +59,11 @@ class FusedGroup:
 
     The first member that is called with an input multiplies for all. The others' parts are kept for the thread until
     they are taken: by a call with the very same tensor, unchanged since, on the same stream, under the same autocast.
-    Where somebody watches operators (autograd, torch.compile and other tracers, tensor subclasses, dispatch modes), and
-    for tensors of inference mode, which do not tell of changes, members multiply one by one, as without a group.
+    Where somebody watches operators (autograd, torch.compile and other tracers, tensor subclasses, dispatch modes),
+    members multiply one by one, as without a group.
+
+    A tensor that was made in inference mode does not count its changes: members then rely on the model not to write into
+    it between their calls. No model that can be trained does so, since autograd keeps that tensor for gradients.
 
     Copies and pickles of layers hold groups of their own. Where weights are moved or replaced, they are put side by
     side again; where they could not be (weights on several devices, say), layers multiply one by one.
@@ -115,7 +118,7 @@ class FusedGroup:
             out = None if call is not None and self._gives_up() else self._multiply(members, x)
             if out is None:
                 return None
-            call = _Call(x, x._version, context, out, (1 << len(members)) - 1)
+            call = _Call(x, _version(x), context, out, (1 << len(members)) - 1)
         call.waiting &= ~(1 << place)
         self._local.call = call if call.waiting else None
         if not call.waiting:
@@ -155,8 +158,7 @@ class FusedGroup:
             state += [member.compute_dtype, member.activation, None if bias is None else bias.dtype]
             for key in member._keys:
                 tensor: Any = parameters[key]
-                version = None if tensor.is_inference() else tensor._version
-                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, version]
+                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, _version(tensor)]
         if self._made is not None and self._made[0] == state:
             return self._made[1]
         if members[0].weight.is_meta:  # offloaded
@@ -182,9 +184,14 @@ def _view_of(members: Sequence[QuantLinear], backend: Backend[Any]) -> Any:
         return None
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def _is_plain(x: Tensor, members: Sequence[QuantLinear | None]) -> bool:
-    """Whether x has a counter of changes, nobody watches operators on it, and no gradient is recorded."""
-    if x.is_inference() or not is_unwatched(x, None):
+    """Whether nobody watches operators on x, and no gradient is recorded."""
+    if not is_unwatched(x, None):
         return False
     if not torch.is_grad_enabled():
         return True

@@ -75,8 +75,7 @@ def quantize_model(
     - ``progress``: shows a progress bar;
     - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
       can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
-    - ``fuse``: multiplies q, k and v of an attention, and gate and up of an MLP, in one go: see :func:`fuse_model`, and
-      ``fusion`` of the report.
+    - ``fuse``: multiplies layers of the same input in one go, as :func:`fuse_model`.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
     reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
@@ -98,8 +97,7 @@ def quantize_model(
     report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = choose(model, skip, embeddings, report)
+    names = choose(model, (skip,) if isinstance(skip, str) else tuple(skip), embeddings, report)
     for name in names:
         _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
