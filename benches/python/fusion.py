@@ -73,7 +73,7 @@ def step(model: Any, tokens: int) -> Callable[[], object]:
 
     def one_more() -> object:
         out = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
-        cache.crop(_CACHED)
+        cache.crop(-1)
         return out
 
     return one_more

@@ -62,8 +62,8 @@ class FusedGroup:
     Where somebody watches operators (autograd, torch.compile and other tracers, tensor subclasses, dispatch modes),
     members multiply one by one, as without a group.
 
-    A tensor that was made in inference mode does not count its changes: members then rely on the model not to write into
-    it between their calls. No model that can be trained does so, since autograd keeps that tensor for gradients.
+    A tensor that was made in inference mode does not count its changes: members then rely on the model not to write
+    into it between their calls. No model that can be trained does: autograd keeps that tensor for gradients.
 
     Copies and pickles of layers hold groups of their own. Where weights are moved or replaced, they are put side by
     side again; where they could not be (weights on several devices, say), layers multiply one by one.

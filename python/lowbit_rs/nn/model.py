@@ -71,10 +71,9 @@ def quantize_model(
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``, ``activation``: see QuantLinear;
-    - ``progress``: shows a progress bar;
-    - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
-      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
+    - ``compute_dtype``, ``activation``: see QuantLinear; ``progress``: shows a progress bar;
+    - ``device``: where each layer is moved before it is packed, so that a model too large for a GPU in floats can be
+      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
     - ``fuse``: multiplies layers of the same input in one go, as :func:`fuse_model`.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
@@ -98,12 +97,10 @@ def quantize_model(
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     names = choose(model, (skip,) if isinstance(skip, str) else tuple(skip), embeddings, report)
-    for name in names:
-        _check_values(name, model.get_submodule(name), device)
+    _check_values(model, names, device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
-    if fuse:
-        report.fusion = fuse_model(model)
+    report.fusion = fuse_model(model) if fuse else None
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -250,12 +247,13 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: module.get_parameter(name) for name in names}
 
 
-def _check_values(name: str, module: nn.Module, device: torch.device | str | int | None) -> None:
-    for key, weight in _weights(module).items():
-        if weight.is_meta:
-            got = f"the meta tensor {name}.{key}, which has no values"
-            raise invalid("model", got, "a model with loaded weights")
-        backend_of(weight.device if device is None else torch.empty(0, device=device).device)
+def _check_values(model: nn.Module, names: Iterable[str], device: torch.device | str | int | None) -> None:
+    for name in names:
+        for key, weight in _weights(model.get_submodule(name)).items():
+            if weight.is_meta:
+                got = f"the meta tensor {name}.{key}, which has no values"
+                raise invalid("model", got, "a model with loaded weights")
+            backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 
 
 def _replace_one(
