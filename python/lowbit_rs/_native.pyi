@@ -171,6 +171,16 @@ def cuda_linear(
     stream: int,
     may_overlap: bool,
 ) -> None: ...
+def cuda_linear_grouped(
+    weight: CudaWeight,
+    experts: int,
+    x: _Floats,
+    tokens: int,
+    x_row_stride: int,
+    counts: _Buffer,
+    out: _Floats,
+    stream: int,
+) -> bool: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def force_isa(name: str | None = None) -> None: ...

@@ -47,6 +47,12 @@ class Backend(Protocol[View]):
         ``activation`` is "none", or "int8" where x may be rounded to 8 bits.
         """
 
+    def linear_grouped(self, weight: View, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
+        """Rows x [S, K], sorted by matrix of a stack of ``experts``, times their matrix: [S, N]; None without a kernel.
+
+        ``counts`` says how many rows each matrix gets; those beyond become zero.
+        """
+
     def linear_grad_input(self, weight: View, grad: Tensor) -> Tensor:
         """grad [..., N] times the weight: [..., K] in the dtype of grad."""
 

@@ -81,6 +81,10 @@ def linear(weight: WeightView, x: Tensor, bias: Tensor | None, activation: str) 
     return out
 
 
+def linear_grouped(weight: WeightView, experts: int, x: Tensor, counts: Tensor) -> None:
+    """No kernel takes a stack as a whole: matrices are multiplied one by one."""
+
+
 def linear_grad_input(weight: WeightView, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad."""
     grad, tokens, row_stride = rows_of(grad)

@@ -156,6 +156,20 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str) 
     return out
 
 
+def linear_grouped(weight: CudaWeight, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
+    """Rows x [S, K], sorted by expert, times the matrices of a stack: [S, N]; ``counts``, int64, stays on the device.
+
+    Rows beyond the sum of counts become zero. None where there is no kernel for such a weight or such activations.
+    """
+    x, tokens, row_stride = rows_of(x)
+    out = x.new_empty((tokens, weight.rows // experts))
+    numbers = buffer("counts", counts, torch.int64, x.device)
+    served = _native.cuda_linear_grouped(
+        weight, experts, floats(x), tokens, row_stride, numbers, floats(out), _stream(weight.device)
+    )
+    return out if served else None
+
+
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad, to which the weight is rounded, too.
 

@@ -57,7 +57,10 @@ pub unsafe fn linear(
         return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{rows} elements")));
     }
     let layout = weight.layout();
-    check(&x, layout.cols, rows, out)?;
+    x.check(layout.cols, rows, out)?;
+    if x.tokens > MAX_TOKENS {
+        return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+    }
     if x.tokens == 0 || rows == 0 {
         return Ok(());
     }
@@ -95,18 +98,19 @@ fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> bool {
     addresses.iter().all(|address| address.is_multiple_of(16)) && strides.iter().all(|stride| stride.is_multiple_of(16))
 }
 
-fn check(x: &DeviceActivations, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
-    if x.tokens > MAX_TOKENS {
-        return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
+impl DeviceActivations {
+    /// Whether the elements are there, `terms` a row, and `out` has room for `outputs` a row, in the same dtype.
+    pub(super) fn check(&self, terms: usize, outputs: usize, out: DeviceFloats) -> Result<()> {
+        let needed = if self.tokens == 0 || terms == 0 { 0 } else { (self.tokens - 1) * self.stride + terms };
+        if self.values.buffer.len < needed {
+            let got = format!("{} elements", self.values.buffer.len);
+            return Err(Error::invalid("x", got, format!("{} rows of {terms}", self.tokens)));
+        }
+        if out.buffer.len != self.tokens * outputs || out.dtype != self.values.dtype {
+            let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
+            let dtype = self.values.dtype.name();
+            return Err(Error::invalid("out", got, format!("{} rows of {outputs} in {dtype}", self.tokens)));
+        }
+        Ok(())
     }
-    let needed = if x.tokens == 0 || terms == 0 { 0 } else { (x.tokens - 1) * x.stride + terms };
-    if x.values.buffer.len < needed {
-        let got = format!("{} elements", x.values.buffer.len);
-        return Err(Error::invalid("x", got, format!("{} rows of {terms}", x.tokens)));
-    }
-    if out.buffer.len != x.tokens * outputs || out.dtype != x.values.dtype {
-        let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
-        return Err(Error::invalid("out", got, format!("{} rows of {outputs} in {}", x.tokens, x.values.dtype.name())));
-    }
-    Ok(())
 }

@@ -8,6 +8,7 @@ mod decode;
 mod dequantize;
 mod device;
 mod driver;
+mod grouped;
 mod launch;
 mod linear;
 mod modules;
@@ -17,6 +18,7 @@ mod weight;
 
 pub use dequantize::{Window, dequantize, dequantize_rows};
 pub use device::Device;
+pub use grouped::linear_grouped;
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};

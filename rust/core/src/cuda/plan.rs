@@ -239,6 +239,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::grouped;
     use super::*;
     use crate::format::{BlockOrder, BlockSize, Format};
 
@@ -286,7 +287,7 @@ mod tests {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().any(|name| name == *entry);
+                    || decode::entries().chain(grouped::entries()).any(|name| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
             }
         }
