@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,10 @@ from torch import nn
 from bitsandbytes_layers import MissingError
 from environment import save
 from gpu_decode_step import bitsandbytes, decode_step, lowbit, make_model, nothing
-from gpu_timing import eager_seconds, graph_seconds
+from gpu_timing import graph_seconds
 
-#: Eager calls of a step and of a prompt that are timed; the median of five runs of a fifth of them.
-_STEPS, _PROMPTS = 50, 10
+#: Eager calls that are timed, of a step and of a prompt.
+_STEPS, _PROMPTS = 20, 3
 
 _SETTINGS: dict[str, Callable[[nn.Module], None]] = {
     "bf16": nothing,
@@ -44,6 +45,7 @@ def main() -> None:
     for name in arguments.settings:
         try:
             rows += measure(name, arguments)
+            print(name, "done", flush=True)
         except MissingError as error:
             print(f"{name} is left out: {error}")
         gc.collect()
@@ -64,12 +66,12 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for batch in arguments.batches:
         step = decode_step(model, batch)
-        times = {"graph_s": graph_seconds([step]), "eager_s": eager_seconds(step, _STEPS)}
+        times = {"graph_s": graph_seconds([step]), "eager_s": seconds_of(step, _STEPS)}
         rows.append({**same, "kind": "decode", "tokens": batch, **times})
     for tokens in arguments.prompts:
         read = prompt(model, tokens)
         torch.cuda.reset_peak_memory_stats()
-        seconds = eager_seconds(read, _PROMPTS)
+        seconds = seconds_of(read, _PROMPTS)
         peak = torch.cuda.max_memory_allocated() - before
         rows.append({**same, "kind": "prompt", "tokens": tokens, "eager_s": seconds, "peak_bytes": peak})
     return rows
@@ -79,6 +81,18 @@ def prompt(model: Any, tokens: int) -> Callable[[], object]:
     """The call that reads a prompt of so many tokens."""
     ids = torch.randint(0, 32000, (1, tokens), device="cuda")
     return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+
+def seconds_of(call: Callable[[], object], calls: int) -> float:
+    """The mean time of some calls in a row, after two that are not timed."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

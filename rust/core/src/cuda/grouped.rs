@@ -168,7 +168,7 @@ mod tests {
     fn weight(format: Format, block_size: usize) -> DeviceWeight {
         let spec = Spec {
             format,
-            block_size: BlockSize::Elements(block_size as u32),
+            block_size: BlockSize::Elements(block_size),
             block_order: BlockOrder::Row,
             scale_dtype: Dtype::Float32,
             double_quant: false,
