@@ -23,6 +23,9 @@ View = TypeVar("View")
 class Backend(Protocol[View]):
     """What a device offers."""
 
+    #: Tokens up to which a product of weights that are joined pays.
+    MAX_JOINED_TOKENS: int
+
     def view(self, spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> View:
         """Borrowed pointers to the tensors of a weight, in the order of its fields; the caller keeps them alive."""
 

@@ -15,6 +15,9 @@ from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
 _CPU = torch.device("cpu")
 
+#: Joined weights are multiplied faster than their parts with any number of tokens.
+MAX_JOINED_TOKENS = 1 << 62
+
 
 def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> WeightView:
     """Borrowed pointers to the tensors of a weight [N, K] or [experts, N, K]; keep them alive while it is in use.

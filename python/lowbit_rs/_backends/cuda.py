@@ -27,6 +27,10 @@ _PART_BYTES = 32 << 20
 #: Rows or columns of such a part are a multiple of this, so that the library finds whole tiles.
 _PART_STEP = 256
 
+#: Tokens up to which joined weights are multiplied faster than their parts: as long as reading the weight is what takes
+#: time. Beyond, results that lie apart in memory cost more than launches: 3 % of a prompt of 2048 tokens (gpu_llm).
+MAX_JOINED_TOKENS = CUDA_MAX_TOKENS
+
 #: Whether a product may begin to read its weight while the kernel in front of it still runs (programmatic dependent
 #: launch, compute capability 9.0 and newer). That is right as long as no kernel writes a weight just before its use.
 _MAY_OVERLAP = os.environ.get("LOWBIT_DEPENDENT_LAUNCH") == "1"

@@ -111,6 +111,8 @@ class FusedGroup:
         members = self.members
         if members[place] is not member or not _is_plain(x, members):
             return None
+        if x.numel() > backend_of(x.device).MAX_JOINED_TOKENS * member.in_features:
+            return None
         context = _context(x)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None or not call.has(place, x, context):
