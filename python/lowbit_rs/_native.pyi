@@ -147,10 +147,12 @@ def linear(
     tokens: int,
     x_row_stride: int,
     activation: str,
+    threshold: float,
     bias: _Floats | None,
     out: _Floats,
     threads: int,
 ) -> None: ...
+def rounded_from(weight: WeightView, activation: str, dtype: str) -> int | None: ...
 def linear_grad_input(
     weight: WeightView, grad: _Floats, tokens: int, grad_row_stride: int, out: _Floats, threads: int
 ) -> None: ...
