@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit_rs
 import strategies
+from counted_products import count_products
 from lowbit_rs import PackedWeight, QuantLinear, dequantize_model, fuse_model, quantize, quantize_model
 from lowbit_rs._backends import cpu
 from lowbit_rs.files import save_packed
@@ -48,16 +49,7 @@ class Attention(nn.Module):
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of the weight of every product that is made."""
-    made: list[int] = []
-    linear = cpu.linear
-
-    def counted(weight: Any, *arguments: Any) -> Tensor:
-        made.append(weight.rows)
-        return linear(weight, *arguments)
-
-    monkeypatch.setattr(cpu, "linear", counted)
-    return made
+    return count_products(monkeypatch, cpu)
 
 
 def pair(bias: bool = False, **options: Any) -> tuple[Attention, Attention]:
@@ -104,6 +96,8 @@ def test_one_product_for_three(products: list[int]) -> None:
         {"block_order": "flat"},
         {"compute_dtype": torch.bfloat16},
         {"activation": "int8"},
+        {"format": "int8", "block_size": "row", "activation": "int8"},
+        {"format": "int8", "block_size": "row", "activation": "int8", "threshold": 2.0},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -119,7 +113,9 @@ def test_parts_are_those_of_the_joined_weight(options: dict[str, Any], dtype: to
     packed = PackedWeight.from_tensors(layers[0].spec, [160, 64], torch.float32, joined)
     bias = torch.cat([layer.bias for layer in layers])
     whole = QuantLinear.from_packed(
-        packed, bias, compute_dtype=options.get("compute_dtype"), activation=options.get("activation", "none")
+        packed,
+        bias,
+        **{name: options[name] for name in ("compute_dtype", "activation", "threshold") if name in options},
     )
     x = torch.randn(7, 64, dtype=dtype)
     assert torch.equal(torch.cat(fused(x), -1), whole(x))
@@ -357,6 +353,20 @@ def test_layers_that_are_apart_multiply_one_by_one(products: list[int]) -> None:
     products.clear()
     assert_same(fused, plain, x)
     assert 160 not in products
+
+
+@torch.no_grad()
+def test_other_thresholds_part_layers(products: list[int]) -> None:
+    fused, plain = pair(format="int8", block_size="row", activation="int8", threshold=None)
+    x = 3 * torch.randn(4, 64)
+    fused.k_proj.threshold = plain.k_proj.threshold = 0.0  # as None
+    assert_same(fused, plain, x)
+    assert 160 in products
+    products.clear()
+    fused.k_proj.threshold = plain.k_proj.threshold = 2.0
+    assert_same(fused, plain, x)
+    assert 160 not in products
+    assert fuse_model(fused).skipped == {QKV: "their activations are rounded differently"}
 
 
 @torch.no_grad()

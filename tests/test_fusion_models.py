@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit_rs
+from counted_products import count_products
 from lowbit_rs import LowbitConfig, fuse_model, quantize_model
 from lowbit_rs._backends import cpu
 from tiny_models import LAYERS, VOCABULARY, inputs_of, load, logits_of, make_model
@@ -32,16 +33,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of the weight of every product that is made."""
-    made: list[int] = []
-    linear = cpu.linear
-
-    def counted(weight: Any, *arguments: Any) -> Tensor:
-        made.append(weight.rows)
-        return linear(weight, *arguments)
-
-    monkeypatch.setattr(cpu, "linear", counted)
-    return made
+    return count_products(monkeypatch, cpu)
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from counted_products import count_products
 from lowbit_rs import fuse_model, quantize_model
 from lowbit_rs._backends import cuda
 from test_fusion import QKV, Attention, is_joined
@@ -19,16 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of the weight of every product that is made."""
-    made: list[int] = []
-    linear = cuda.linear
-
-    def counted(weight: Any, *arguments: Any) -> Tensor:
-        made.append(weight.rows)
-        return linear(weight, *arguments)
-
-    monkeypatch.setattr(cuda, "linear", counted)
-    return made
+    return count_products(monkeypatch, cuda)
 
 
 def pair(dtype: torch.dtype, **options: Any) -> tuple[Attention, Attention]:
