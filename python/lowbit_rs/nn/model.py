@@ -71,11 +71,10 @@ def quantize_model(
 
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
-    - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``progress``: shows a progress bar;
+    - ``embeddings``: also replaces nn.Embedding by QuantEmbedding; ``progress``: shows a progress bar;
+    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``fuse``: multiplies layers of the same input in one go (fuse_model);
     - ``device``: where each layer is moved before it is packed, so that a model too large for a GPU in floats can be
-      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
-    - ``fuse``: multiplies layers of the same input in one go, as :func:`fuse_model`.
+      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
     reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
