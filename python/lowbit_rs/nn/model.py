@@ -72,7 +72,7 @@ def quantize_model(
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding; ``progress``: shows a progress bar;
-    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``fuse``: multiplies layers of the same input in one go (fuse_model);
+    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``fuse``: see :func:`fuse_model`;
     - ``device``: where each layer is moved before it is packed, so that a model too large for a GPU in floats can be
       packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
 
@@ -275,7 +275,8 @@ def _replace_one(
         elif isinstance(module, nn.Embedding):
             new = QuantEmbedding.from_embedding(module, **options)
         else:
-            new = QuantExperts.from_experts(module, **of_products, **options)
+            of_experts = {key: of_products[key] for key in ("compute_dtype", "activation")}
+            new = QuantExperts.from_experts(module, **of_experts, **options)
     packed = new.stacks if isinstance(new, QuantExperts) else {"weight": new.packed}
     for key, weight in _weights(module).items():
         row_name = f"{name}.{key}" if isinstance(new, QuantExperts) else name
