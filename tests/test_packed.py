@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lowbit_rs
-from lowbit_rs import InvalidArgument, PackedWeight
+from lowbit_rs import InvalidArgument, PackedWeight, quantize
 from lowbit_rs._native import Spec
-from lowbit_rs.packed import FIELDS, format_bytes, state_key, storage
+from lowbit_rs.packed import FIELDS, format_bytes, state_key, storage, why_not_joined
 from strategies import FORMATS
 
 TABLE = (-1.0, -0.25, 0.0, 0.25, 1.0)
@@ -220,3 +222,43 @@ def test_corrupt_codes_of_a_short_codebook_read_as_zero() -> None:
     """Codes beyond the table's length have a meaning all the same, so no byte of a file can read out of bounds."""
     packed = lowbit_rs.quantize(torch.randn(1, 64), codebook=(-1.0, 1.0))
     assert not with_tensor(packed, "data", torch.full_like(packed.data, 0xFF)).dequantize().any()
+
+
+def parts_of(packed: PackedWeight, rows: list[int]) -> list[PackedWeight]:
+    """A packed weight cut between rows, with the scales of scales that each part begins with."""
+    parts, start = [], 0
+    for count in rows:
+        stop = start + count
+        tensors = dict(packed.tensors())
+        for name in ("data", "scale", "shift"):
+            if name in tensors:
+                tensors[name] = tensors[name][start:stop]
+        if "scale_2" in tensors:
+            first = start * tensors["scale"].shape[1] // 256
+            tensors["scale_2"] = tensors["scale_2"][first : first + -(-tensors["scale"].numel() // 256)]
+        parts.append(PackedWeight.from_tensors(packed.spec, [count, packed.shape[1]], packed.dtype, tensors))
+        start = stop
+    return parts
+
+
+@given(st.lists(st.integers(1, 48), min_size=2, max_size=3), st.sampled_from([64, 128, 512]), st.booleans())
+def test_rule_of_joining(rows: list[int], cols: int, double_quant: bool) -> None:
+    """What the rule lets pass decodes, as one matrix, to the rows of its parts; and it lets whole groups pass."""
+    weight = torch.randn(sum(rows), cols, generator=torch.Generator().manual_seed(sum(rows)))
+    packed = quantize(weight, block_size=16, double_quant=double_quant)
+    parts = parts_of(packed, rows)
+    blocks = [count * cols // 16 for count in rows[:-1]]
+    fits = all(count % (256 if double_quant else 4) == 0 for count in blocks)
+    assert (why_not_joined(parts) is None) == fits
+    if fits:
+        whole = torch.cat([part.dequantize() for part in parts])
+        assert torch.equal(whole, packed.dequantize())
+
+
+def test_double_quantized_weights_join_where_they_share_their_offset() -> None:
+    weight = torch.randn(96, 512)
+    first, second = parts_of(quantize(weight, block_size=64, double_quant=True), [64, 32])
+    assert why_not_joined([first, second]) is None
+    other = quantize(weight[64:], block_size=64, double_quant=True)
+    assert why_not_joined([first, other]) == "their scale_offsets differ"
+    assert why_not_joined([second, first]) is None  # 32 * 8 scales are a whole number, too

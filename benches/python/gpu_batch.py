@@ -127,7 +127,7 @@ def measure(shape: tuple[int, int], tokens: Sequence[int], formats: Sequence[str
         packed = [quantize(weight, **_FORMATS[name]) for _ in range(count)]
         kept.append(packed)  # views borrow
         ways = views(packed)
-        rivals.append(("forward", name, [lambda x, w=way: cuda.linear(w, x, None, "none") for way in ways]))  # type: ignore[misc]
+        rivals.append(("forward", name, [lambda x, w=way: cuda.linear(w, x, None, "none", 0.0) for way in ways]))  # type: ignore[misc]
         rivals.append(("backward", name, [lambda x, w=way: cuda.linear_grad_input(w, x) for way in ways]))  # type: ignore[misc]
         if name == "nf4":
             rivals.append(("forward", "nf4 packed", [packed_call(way) for way in ways]))
@@ -153,7 +153,7 @@ def sweep(shape: tuple[int, int]) -> list[dict[str, Any]]:
     rows = []
     for many in (1, *range(8, 1025, 8)):
         x = torch.randn(many, shape[1], device="cuda", dtype=torch.bfloat16)
-        took = graph_seconds([lambda w=way, x=x: cuda.linear(w, x, None, "none") for way in ways], 7)  # type: ignore[misc]
+        took = graph_seconds([lambda w=way, x=x: cuda.linear(w, x, None, "none", 0.0) for way in ways], 7)  # type: ignore[misc]
         rows.append({"direction": "sweep", "rival": "nf4", "shape": list(shape), "tokens": many, "graph_s": took})
     return rows
 

@@ -46,20 +46,21 @@ def main() -> None:
     print(f"wrote {save('gpu_decode_step', rows, **more)}")
 
 
-def make_model(layers: int) -> nn.Module:
-    """Random weights in bf16 on the CPU."""
+def make_model(layers: int, device: str = "cpu") -> nn.Module:
+    """Random weights in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=4096)
     model: Any
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).to_empty(device="cpu")
-    noise = torch.empty(max(parameter.numel() for parameter in model.parameters()), dtype=torch.bfloat16)
+    model.to(torch.bfloat16).to_empty(device=device)
+    count = max(parameter.numel() for parameter in model.parameters())
+    noise = torch.empty(count, dtype=torch.bfloat16, device=device)
     noise.uniform_(-0.02, 0.02)
     for parameter in model.parameters():
         parameter.data.copy_(noise[: parameter.numel()].view_as(parameter))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are no parameters
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers are no parameters
     model.eval()
     return model  # type: ignore[no-any-return]
 

@@ -17,7 +17,7 @@ from lowbit_rs._native import __version__
 from lowbit_rs._post_import import import_after
 from lowbit_rs.errors import CudaError, InvalidArgument, LowbitError, Unsupported
 from lowbit_rs.functional import linear, quantize
-from lowbit_rs.nn import QuantEmbedding, QuantLinear, Report, dequantize_model, quantize_model
+from lowbit_rs.nn import QuantEmbedding, QuantLinear, Report, dequantize_model, fuse_model, quantize_model
 from lowbit_rs.packed import PackedWeight
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "codebooks",
     "dequantize_model",
+    "fuse_model",
     "linear",
     "nn",
     "quantize",

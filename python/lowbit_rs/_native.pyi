@@ -147,10 +147,12 @@ def linear(
     tokens: int,
     x_row_stride: int,
     activation: str,
+    threshold: float,
     bias: _Floats | None,
     out: _Floats,
     threads: int,
 ) -> None: ...
+def rounded_from(weight: WeightView, activation: str, dtype: str) -> int | None: ...
 def linear_grad_input(
     weight: WeightView, grad: _Floats, tokens: int, grad_row_stride: int, out: _Floats, threads: int
 ) -> None: ...
@@ -236,6 +238,16 @@ def cuda_linear_int8(
     stream: int,
 ) -> None: ...
 def cuda_rounded_from(weight: CudaWeight, is_choosy: bool) -> int: ...
+def cuda_linear_grouped(
+    weight: CudaWeight,
+    experts: int,
+    x: _Floats,
+    tokens: int,
+    x_row_stride: int,
+    counts: _Buffer,
+    out: _Floats,
+    stream: int,
+) -> bool: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def force_isa(name: str | None = None) -> None: ...

@@ -360,6 +360,11 @@ def _linear_grouped(
 ) -> Tensor:
     _check_grouped("x", x, shape[-1], counts, weight, shape)
     scheme = (format, block_size, block_order, double_quant)
+    backend, view = borrow(weight, shape, scheme)
+    if activation == "none" or backend.rounded_from(view, activation, x.dtype) is None:
+        product = backend.linear_grouped(view, shape[0], x, counts)
+        if product is not None:
+            return product
     return _grouped(
         lambda backend, view, rows: backend.linear(view, rows, None, activation, 0.0),
         x,

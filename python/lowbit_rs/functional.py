@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_rs import _ops
-from lowbit_rs._backends import backend_of
+from lowbit_rs._backends import Backend, backend_of
 from lowbit_rs._native import use_torch
 from lowbit_rs.errors import invalid
 from lowbit_rs.packed import DTYPES, BlockSize, PackedWeight, Scheme, dtype_name, field_dtypes, make_spec, unpermuted
@@ -167,14 +167,40 @@ def packed_linear(
     ``permutation``, that of the weight's columns, the columns of x are put into the same order: a copy of x.
     ``rounding`` is activation and threshold, 0 for none.
     """
-    x = _autocast(x)
-    if permutation is not None:
-        if x.dim() == 0 or x.shape[-1] != shape[-1]:
-            raise invalid("x", f"shape {list(x.shape)}", f"[..., {shape[-1]}]")
-        x = x.index_select(-1, permutation)
+    x = _ordered(_autocast(x), shape[-1], permutation)
     if compute_dtype is not None and compute_dtype != x.dtype:
         return _linear(x.to(compute_dtype), weight, shape, scheme, bias, rounding).to(x.dtype)
     return _linear(x, weight, shape, scheme, bias, rounding)
+
+
+def joined_linear(
+    x: Tensor,
+    backend: Backend[Any],
+    view: Any,
+    weight: list[Tensor],
+    shape: Sequence[int],
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    permutation: Tensor | None,
+    rounding: Rounding,
+) -> Tensor:
+    """:func:`packed_linear` for a weight [N, K] in several pieces, where nobody watches.
+
+    ``view`` is the backend's of the whole, ``weight`` the operands of any piece, which tell the device.
+    """
+    x = _ordered(_autocast(x), shape[-1], permutation)
+    rounded = x if compute_dtype is None else x.to(compute_dtype)
+    _ops.check_linear(rounded, bias, weight, shape)
+    return backend.linear(view, rounded, bias, *rounding).to(x.dtype)
+
+
+def _ordered(x: Tensor, width: int, permutation: Tensor | None) -> Tensor:
+    """The columns of x [..., K] in the order of a weight's; InvalidArgument where there is one, and not as many."""
+    if permutation is None:
+        return x
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise invalid("x", f"shape {list(x.shape)}", f"[..., {width}]")
+    return x.index_select(-1, permutation)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -187,7 +213,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _linear(
     x: Tensor, weight: list[Tensor], shape: Sequence[int], scheme: Scheme, bias: Tensor | None, rounding: Rounding
 ) -> Tensor:
-    if torch.compiler.is_compiling() or not _unwatched(x, bias):
+    if torch.compiler.is_compiling() or not is_unwatched(x, bias):
         result: Tensor = torch.ops.lowbit_rs.linear.default(x, bias, weight, list(shape), *scheme, *rounding)
         return result
     _ops.check_linear(x, bias, weight, shape)
@@ -237,7 +263,7 @@ def packed_embedding(
     return unpermuted(rows, permutation)
 
 
-def _unwatched(x: Tensor, bias: Tensor | None) -> bool:
+def is_unwatched(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a call with these arguments may skip torch's dispatcher, which costs more than a small matrix does."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False

@@ -21,6 +21,9 @@ BlockSize = int | Literal["row"]
 #: them in this order.
 FIELDS = ("data", "scale", "scale_2", "scale_offset", "shift", "codebook", "permutation")
 
+#: Those that a weight has one of, whatever its number of rows.
+SHARED_FIELDS = ("scale_offset", "codebook", "permutation")
+
 #: Floating-point dtypes of weights, activations and stored scales, by the names that the native module uses.
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -321,6 +324,46 @@ def stacked(weights: Sequence[PackedWeight], shape: Sequence[int]) -> PackedWeig
     if first.codebook is not None:
         tensors["codebook"] = first.codebook
     return PackedWeight.from_tensors(spec, shape, first.dtype, tensors)
+
+
+#: Where rows of a later weight may begin in a joined one: kernels move vectors of this many bytes.
+_JOINT_BYTES = 16
+
+
+def why_not_joined(weights: Sequence[PackedWeight]) -> str | None:
+    """Why matrices [N_1, K], [N_2, K], ... are not one packed matrix once their tensors lie one behind the other.
+
+    None where they are. Then they agree in spec and K, have rows that begin with a block, and every matrix but the last
+    fills whole vectors of memory. With double quantization, ``scale_2`` holds one number for 256 scales counted from
+    the first row: every matrix but the last has a whole number of those. What a weight has one of has to be equal; this
+    compares values, and waits for a GPU.
+    """
+    first, *others = weights
+    for other in others:
+        if other.spec != first.spec:
+            return f"they are packed as {describe(first.spec)} and as {describe(other.spec)}"
+        if len(other.shape) != 2 or other.shape[1:] != first.shape[1:]:
+            return f"they have shapes {list(first.shape)} and {list(other.shape)}"
+        if other.device != first.device:
+            return f"they lie on {first.device} and on {other.device}"
+    for weight in weights:
+        if weight.data.dim() != 2:
+            return "their blocks run on from one row into the next"
+        if not weight.data.numel():
+            return "one of them is empty"
+    for weight in weights[:-1]:
+        if first.spec.double_quant and weight.scale.numel() % _SCALES_PER_SCALE_2:
+            return f"{weight.scale.numel()} double-quantized scales are no whole number of {_SCALES_PER_SCALE_2}"
+        if any(weight.tensors()[name].nbytes % _JOINT_BYTES for name in ("data", "scale")):
+            return f"{weight.shape[0]} rows are no whole number of {_JOINT_BYTES} bytes"
+    for name in SHARED_FIELDS:
+        ours = first.tensors().get(name)
+        for theirs in (other.tensors().get(name) for other in others):
+            if (ours is None) != (theirs is None) or (
+                ours is not None and theirs is not None and not torch.equal(ours, theirs)
+            ):
+                return f"their {name}s differ"
+    return None
 
 
 def describe(spec: Spec) -> str:

@@ -46,6 +46,7 @@ def main() -> None:
             layer = lowbit_rs.QuantEmbedding.from_packed(packed)
             assert torch.equal(layer(indices.cuda()).cpu(), same.dequantize()[indices])
     _int8()
+    _experts()
     torch.cuda.synchronize()
 
 
@@ -63,6 +64,21 @@ def _int8() -> None:
             y = lowbit_rs.linear(x, packed.to("cuda"), activation="int8", threshold=threshold).float().cpu()
             wanted = x.cpu().float() @ packed.dequantize().T
             assert float((y - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def _experts() -> None:
+    """Rows sorted by expert times the matrices of a stack, every size of tiles, rows left over."""
+    for options in ({}, {"double_quant": True}, {"scale_dtype": torch.float16, "block_size": 128}):
+        weight = torch.randn(3, 130, 192)
+        packed = lowbit_rs.quantize(weight.cuda(), **options)
+        matrices = packed.dequantize(torch.float32).cpu()
+        for counts in ([2, 0, 3], [0, 9, 20], [40, 1, 30], [70, 65, 0]):
+            x = torch.randn(sum(counts) + 1, 192).to(torch.bfloat16)
+            arguments = packed.operands(), list(packed.shape), *packed.scheme, "none"
+            y = torch.ops.lowbit_rs.linear_grouped(x.cuda(), torch.tensor(counts).cuda(), *arguments).cpu()
+            parts = zip(x[:-1].float().split(counts), matrices, strict=True)
+            wanted = torch.cat([*(part @ matrix.T for part, matrix in parts), torch.zeros(1, 130)])
+            torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-1)
 
 
 if __name__ == "__main__":

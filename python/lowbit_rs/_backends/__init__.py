@@ -6,7 +6,7 @@ memory safety asks for, and returns new tensors; shapes of arguments that belong
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -23,8 +23,17 @@ View = TypeVar("View")
 class Backend(Protocol[View]):
     """What a device offers."""
 
+    #: Tokens up to which a product of weights that are joined pays.
+    MAX_JOINED_TOKENS: int
+
     def view(self, spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> View:
         """Borrowed pointers to the tensors of a weight, in the order of its fields; the caller keeps them alive."""
+
+    def joined_view(self, spec: Spec, shape: Sequence[int], parts: Sequence[Mapping[str, Tensor]]) -> View | None:
+        """The view of a weight [N, K] whose rows lie in ``parts``, one behind the other; None if they do not.
+
+        A part is the tensors of a weight by field, packed as ``spec`` says.
+        """
 
     def quantize(self, source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
         """The tensors of ``source`` [N, K] or [experts, N, K] (any strides) under ``spec``, in the order of fields."""
@@ -45,8 +54,20 @@ class Backend(Protocol[View]):
     def rounded_from(self, weight: View, activation: str, dtype: torch.dtype) -> int | None:
         """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
 
+    def linear_grouped(self, weight: View, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
+        """Rows x [S, K], sorted by matrix of a stack of ``experts``, times their matrix: [S, N]; None without a kernel.
+
+        ``counts`` says how many rows each matrix gets; those beyond become zero.
+        """
+
     def linear_grad_input(self, weight: View, grad: Tensor) -> Tensor:
         """grad [..., N] times the weight: [..., K] in the dtype of grad."""
+
+    def queue(self, device: torch.device) -> Hashable:
+        """Where work for ``device`` goes just now: results of one queue are not there for another without waiting."""
+
+    def may_wait(self) -> bool:
+        """Whether values may be read back just now."""
 
 
 def backend_of(device: torch.device) -> Backend[Any]:

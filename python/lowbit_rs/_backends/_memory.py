@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lowbit_rs._native import Spec
 from lowbit_rs.errors import invalid
-from lowbit_rs.packed import dtype_name
+from lowbit_rs.packed import SHARED_FIELDS, dtype_name, field_dtypes
 
 Floats = tuple[int, int, str]
 Buffer = tuple[int, int]
@@ -51,6 +53,24 @@ def buffer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) 
     if not address and tensor.numel():
         raise invalid(name, "a tensor whose memory was freed", f"{tensor.numel()} elements")
     return address, tensor.numel()
+
+
+def joined_buffers(spec: Spec, parts: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Buffer] | None:
+    """Native buffers of one weight that is made of ``parts``, each the tensors of a weight under ``spec`` by field.
+
+    None where the parts do not lie one behind the other. What a weight has one of is the first part's.
+    """
+    joined = {}
+    for name, dtype in field_dtypes(spec).items():
+        buffers = [buffer(name, part[name], dtype, device) for part in parts]
+        address, total = buffers[0]
+        if name not in SHARED_FIELDS:
+            for start, count in buffers[1:]:
+                if start != address + total * dtype.itemsize:
+                    return None
+                total += count
+        joined[name] = address, total
+    return joined
 
 
 def experts_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lowbit_rs import _native
-from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
+from lowbit_rs._backends._memory import buffer, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import Spec, WeightView
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
 _CPU = torch.device("cpu")
+
+#: Joined weights are multiplied faster than their parts with any number of tokens.
+MAX_JOINED_TOKENS = 1 << 62
 
 
 def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> WeightView:
@@ -25,6 +28,12 @@ def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> WeightV
     fields = field_dtypes(spec).items()
     buffers = {name: buffer(name, tensor, dtype, _CPU) for (name, dtype), tensor in zip(fields, tensors, strict=True)}
     return WeightView(spec, math.prod(shape[:-1]), shape[-1], buffers.pop("data"), **buffers)
+
+
+def joined_view(spec: Spec, shape: Sequence[int], parts: Sequence[Mapping[str, Tensor]]) -> WeightView | None:
+    """The view of a weight [N, K] whose rows lie in ``parts``, one behind the other in memory; None if they do not."""
+    buffers = joined_buffers(spec, parts, _CPU)
+    return None if buffers is None else WeightView(spec, shape[0], shape[1], buffers.pop("data"), **buffers)
 
 
 def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
@@ -82,9 +91,22 @@ def rounded_from(weight: WeightView, activation: str, dtype: torch.dtype) -> int
     return _native.rounded_from(weight, activation, dtype_name(dtype))
 
 
+def linear_grouped(weight: WeightView, experts: int, x: Tensor, counts: Tensor) -> None:
+    """No kernel takes a stack as a whole: matrices are multiplied one by one."""
+
+
 def linear_grad_input(weight: WeightView, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad."""
     grad, tokens, row_stride = rows_of(grad)
     out = grad.new_empty((*grad.shape[:-1], weight.cols))
     _native.linear_grad_input(weight, floats(grad), tokens, row_stride, floats(out), torch.get_num_threads())
     return out
+
+
+def queue(device: torch.device) -> None:
+    """Work is done when a call returns: there are no queues to tell apart."""
+
+
+def may_wait() -> bool:
+    """Always."""
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit_rs import _native
 from lowbit_rs._backends._counters import counters
-from lowbit_rs._backends._memory import Buffer, buffer, experts_of, floats, rows_of
+from lowbit_rs._backends._memory import Buffer, buffer, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CUDA_SIDE_NUMBERS, CudaWeight, Spec, Unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
@@ -27,6 +27,10 @@ from lowbit_rs.packed import dtype_name, field_dtypes, storage
 _PART_BYTES = 128 << 20
 #: Rows or columns of such a part are a multiple of this, so that the library finds whole tiles.
 _PART_STEP = 256
+
+#: Tokens up to which joined weights are multiplied faster than their parts: as long as reading the weight is what takes
+#: time. Beyond, results that lie apart in memory cost more than launches: 3 % of a prompt of 2048 tokens (gpu_llm).
+MAX_JOINED_TOKENS = CUDA_MAX_TOKENS
 
 #: Whether a product may begin to read its weight while the kernel in front of it still runs (programmatic dependent
 #: launch, compute capability 9.0 and newer). That is right as long as no kernel writes a weight just before its use.
@@ -66,6 +70,15 @@ def view(spec: Spec, shape: Sequence[int], tensors: Sequence[Tensor]) -> CudaWei
             _views.clear()
         _views[key] = made
     return made
+
+
+def joined_view(spec: Spec, shape: Sequence[int], parts: Sequence[Mapping[str, Tensor]]) -> CudaWeight | None:
+    """The view of a weight [N, K] whose rows lie in ``parts``, one behind the other in memory; None if they do not."""
+    first = parts[0]["data"]
+    buffers = joined_buffers(spec, parts, first.device)
+    if buffers is None:
+        return None
+    return CudaWeight(first.get_device(), spec, shape[0], shape[1], buffers.pop("data"), **buffers)
 
 
 def quantize(source: Tensor, codebook: Tensor | None, spec: Spec, nonfinite: str) -> list[Tensor]:
@@ -243,6 +256,20 @@ def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | No
     return out
 
 
+def linear_grouped(weight: CudaWeight, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
+    """Rows x [S, K], sorted by expert, times the matrices of a stack: [S, N]; ``counts``, int64, stays on the device.
+
+    Rows beyond the sum of counts become zero. None where there is no kernel for such a weight or such activations.
+    """
+    x, tokens, row_stride = rows_of(x)
+    out = x.new_empty((tokens, weight.rows // experts))
+    numbers = buffer("counts", counts, torch.int64, x.device)
+    served = _native.cuda_linear_grouped(
+        weight, experts, floats(x), tokens, row_stride, numbers, floats(out), _stream(weight.device)
+    )
+    return out if served else None
+
+
 def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
     """``grad @ W`` for grad [..., N]: [..., K] in the dtype of grad, to which the weight is rounded, too.
 
@@ -260,6 +287,16 @@ def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
         _native.cuda_dequantize(weight, (0, first, rows, width), floats(part), _stream(weight.device))
         torch.mm(grad, part, out=sums[:, first : first + width])
     return out
+
+
+def queue(device: torch.device) -> tuple[int, bool]:
+    """torch's current stream, and whether work on it is recorded into a CUDA graph instead of done."""
+    return _stream(device.index), torch.cuda.is_current_stream_capturing()
+
+
+def may_wait() -> bool:
+    """Not while a CUDA graph is captured."""
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -171,6 +171,8 @@ def _set(module: nn.Module, name: str, packed: PackedWeight) -> None:
     for field, tensor in packed.tensors().items():
         parameter = module.get_parameter(state_key(name, field))
         parameter.data = tensor.to(parameter.device, copy=True)
+    if isinstance(module, QuantLinear):
+        module.rejoin()
 
 
 _create_new_module: Any = LoraModel._create_new_module

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts
+from lowbit_rs.nn.fusion import fuse_model
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.model import dequantize_model, quantize_model
-from lowbit_rs.nn.report import Report, ReportRow
+from lowbit_rs.nn.report import Fusion, Report, ReportRow
 
-__all__ = ["QuantEmbedding", "QuantExperts", "QuantLinear", "Report", "ReportRow", "dequantize_model", "quantize_model"]
+__all__ = [
+    "Fusion",
+    "QuantEmbedding",
+    "QuantExperts",
+    "QuantLinear",
+    "Report",
+    "ReportRow",
+    "dequantize_model",
+    "fuse_model",
+    "quantize_model",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from lowbit_rs.errors import invalid, unsupported
 from lowbit_rs.functional import CodebookLike, packed_linear, quantize
 from lowbit_rs.nn._base import PackedModule, empty_packed
 from lowbit_rs.packed import BlockSize, PackedWeight, describe, dtype_name
+
+if TYPE_CHECKING:
+    from lowbit_rs.nn.fusion import FusedGroup
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -34,6 +38,9 @@ class QuantLinear(PackedModule, nn.Linear):
     compute_dtype: torch.dtype | None
     activation: str
     threshold: float | None
+    #: The layers that this one is multiplied with in one go, if any, and its place among them: see fuse_model.
+    fused_group: FusedGroup | None = None
+    fused_place: int = 0
 
     def __init__(
         self,
@@ -169,6 +176,10 @@ class QuantLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` for input [..., in_features]."""
         if not is_compiling():
+            if self.fused_group is not None:
+                part = self.fused_group.part(self.fused_place, self, input)
+                if part is not None:
+                    return part
             result = self._call.run(self, self.__dict__, input)
             if result is not None:
                 return result
@@ -180,11 +191,34 @@ class QuantLinear(PackedModule, nn.Linear):
         """A view of the weight, as the backend of its device makes it."""
         return borrow(self._tensors(), self._shape, self._scheme)[1]
 
+    def rejoin(self) -> None:
+        """Puts the weight beside those that it is multiplied with, where it has been moved or replaced."""
+        if self.fused_group is not None:
+            self.fused_group.join()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.rejoin()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool, *lists: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.rejoin()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch; and a copy of a fused layer enters the copy of its group."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.fused_group is not None:
+            self.fused_group.enter(self.fused_place, self)
+
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
         compute = "" if self.compute_dtype is None else f", compute_dtype={self.compute_dtype}"
         permuted = "" if self.weight_permutation is None else ", permuted"
-        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{permuted}{compute}{self._rounding()}"
+        fused = "" if self.fused_group is None else ", fused"
+        return f"{nn.Linear.extra_repr(self)}, {describe(self.spec)}{permuted}{compute}{self._rounding()}{fused}"
 
     def _rounding(self) -> str:
         """How activations are rounded, in words."""

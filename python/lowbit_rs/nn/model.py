@@ -18,6 +18,7 @@ from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts, matrices, stack_names
+from lowbit_rs.nn.fusion import fuse_model
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Report, ReportRow, relative_error
 from lowbit_rs.packed import DTYPES, BlockSize, describe, dtype_name, make_spec
@@ -61,6 +62,7 @@ def quantize_model(
     block_order: str = "row",
     signed_absmax: bool = False,
     device: torch.device | str | int | None = None,
+    fuse: bool = False,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
@@ -69,11 +71,10 @@ def quantize_model(
 
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
-    - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear;
-    - ``progress``: shows a progress bar;
-    - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
-      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
+    - ``embeddings``: also replaces nn.Embedding by QuantEmbedding; ``progress``: shows a progress bar;
+    - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``fuse``: see :func:`fuse_model`;
+    - ``device``: where each layer is moved before it is packed, so that a model too large for a GPU in floats can be
+      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
     reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
@@ -96,10 +97,10 @@ def quantize_model(
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     names = choose(model, (skip,) if isinstance(skip, str) else tuple(skip), embeddings, report)
-    for name in names:
-        _check_values(name, model.get_submodule(name), device)
+    _check_values(model, names, device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
+    report.fusion = fuse_model(model) if fuse else None
     if not report.rows:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -247,12 +248,13 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: module.get_parameter(name) for name in names}
 
 
-def _check_values(name: str, module: nn.Module, device: torch.device | str | int | None) -> None:
-    for key, weight in _weights(module).items():
-        if weight.is_meta:
-            got = f"the meta tensor {name}.{key}, which has no values"
-            raise invalid("model", got, "a model with loaded weights")
-        backend_of(weight.device if device is None else torch.empty(0, device=device).device)
+def _check_values(model: nn.Module, names: Iterable[str], device: torch.device | str | int | None) -> None:
+    for name in names:
+        for key, weight in _weights(model.get_submodule(name)).items():
+            if weight.is_meta:
+                got = f"the meta tensor {name}.{key}, which has no values"
+                raise invalid("model", got, "a model with loaded weights")
+            backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 
 
 def _replace_one(
@@ -273,7 +275,8 @@ def _replace_one(
         elif isinstance(module, nn.Embedding):
             new = QuantEmbedding.from_embedding(module, **options)
         else:
-            new = QuantExperts.from_experts(module, **of_products, **options)
+            of_experts = {key: of_products[key] for key in ("compute_dtype", "activation")}
+            new = QuantExperts.from_experts(module, **of_experts, **options)
     packed = new.stacks if isinstance(new, QuantExperts) else {"weight": new.packed}
     for key, weight in _weights(module).items():
         row_name = f"{name}.{key}" if isinstance(new, QuantExperts) else name
@@ -294,6 +297,8 @@ def _naming(name: str) -> Iterator[None]:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``model`` has ``old``, with its hooks."""
+    if isinstance(old, QuantLinear) and old.fused_group is not None:
+        old.fused_group.leave()
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     for parent in model.modules():

@@ -15,6 +15,19 @@ from lowbit_rs.packed import PackedWeight, format_bytes
 _CHUNK = 1 << 20
 
 
+@dataclass
+class Fusion:
+    """What fuse_model did: names of the layers of each group, and the groups that it left alone, with the reason."""
+
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    #: Reason by names.
+    skipped: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"fused {', '.join(names)}" for names in self.groups]
+        return "\n".join([*lines, *(f"not fused {', '.join(names)}: {why}" for names, why in self.skipped.items())])
+
+
 @dataclass(frozen=True)
 class ReportRow:
     """One layer that was packed. Sizes are those of its weight, in bytes, without the bias.
@@ -39,6 +52,8 @@ class Report:
     rows: list[ReportRow] = field(default_factory=list)
     #: Reason by name of the layer.
     skipped: dict[str, str] = field(default_factory=dict)
+    #: What was fused, where that was asked for.
+    fusion: Fusion | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -67,7 +82,8 @@ class Report:
         header, *rows, total = _align(cells)
         rule = "-" * len(header)
         skipped = [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *skipped])
+        fused = [] if self.fusion is None else [str(self.fusion)]
+        return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *skipped, *fused])
 
 
 def _align(cells: list[tuple[str, ...]]) -> list[str]:

@@ -27,7 +27,8 @@ pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_int8_sizes, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_round_rows, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_linear_int8, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda_rounded_from, module)?)
+    module.add_function(wrap_pyfunction!(cuda_rounded_from, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_linear_grouped, module)?)
 }
 
 /// Addresses of the tensors of a packed [rows, cols] weight on the device of this number. It borrows: the caller keeps the
@@ -326,5 +327,28 @@ fn cuda_linear_batch(
         let workspace = BatchWorkspace { partials: buffer(partials), arrivals: buffer(arrivals) };
         // SAFETY: as for `cuda_dequantize`.
         unsafe { cuda::linear_batch(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?, workspace) }
+    })
+}
+
+/// `out[r] = x[r] @ weight[e].T` for rows sorted by expert e, `counts` of them each, in a stack of `experts` matrices; rows
+/// beyond become zero. False, with nothing done, where there is no kernel for this.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // three tensors with their strides
+fn cuda_linear_grouped(
+    py: Python<'_>,
+    weight: &CudaWeight,
+    experts: usize,
+    x: FloatBuffer,
+    tokens: usize,
+    x_row_stride: usize,
+    counts: Buffer,
+    out: FloatBuffer,
+    stream: usize,
+) -> PyResult<bool> {
+    run(py, || {
+        let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
+        let (queue, out) = (weight.queue(stream)?, floats("out", &out)?);
+        // SAFETY: as for `cuda_dequantize`.
+        unsafe { cuda::linear_grouped(queue, &weight.weight, experts, x, buffer(counts), out) }
     })
 }

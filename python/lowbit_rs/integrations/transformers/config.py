@@ -70,6 +70,8 @@ class LowbitConfig(QuantizationConfigMixin):
     - ``overrides``: options for the modules that match a name or pattern, as
       ``{"*.down_proj": {"block_size": 32}, "*.o_proj": {"format": "int8"}}``. Where several match, later ones win.
     - ``embeddings``: also packs embeddings.
+    - ``fuse``: layers of the same input are multiplied in one go, as by :func:`lowbit_rs.fuse_model`. It concerns the
+      model in memory alone: files are the same.
 
     Raises InvalidArgument, a ValueError, for options that do not exist, have wrong values or do not go together.
 
@@ -93,6 +95,7 @@ class LowbitConfig(QuantizationConfigMixin):
         skip_modules: Iterable[str] | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         embeddings: bool = False,
+        fuse: bool = False,
         scale_dtype: torch.dtype | str | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
@@ -119,6 +122,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.signed_absmax = signed_absmax
         self.nonfinite = nonfinite
         self.embeddings = _flag("embeddings", embeddings)
+        self.fuse = _flag("fuse", fuse)
         self.skip_modules = _names("skip_modules", skip_modules)
         self.overrides = _plain_overrides(overrides)
         self.post_init()

@@ -23,7 +23,7 @@ from lowbit_rs.errors import InvalidArgument, invalid, unsupported
 from lowbit_rs.files.metadata import QuantizedTensor, encode_metadata
 from lowbit_rs.integrations.transformers import card, modules
 from lowbit_rs.integrations.transformers.stored import StoredWeights, stored_weights
-from lowbit_rs.nn import QuantExperts, Report, ReportRow
+from lowbit_rs.nn import QuantExperts, Report, ReportRow, fuse_model
 from lowbit_rs.nn.model import PACKED_MODULES
 from lowbit_rs.packed import describe, state_key
 
@@ -173,6 +173,8 @@ class LowbitQuantizer(HfQuantizer):
                 if module.get_parameter(key).is_floating_point():
                     self._pack_late(model, name, module, key)
                 _freeze(name, module, key)
+        if self.quantization_config.fuse:
+            self.report.fusion = fuse_model(model)
         # Saving writes the parameters as they are; undoing conversions of float tensors would tear them apart.
         model._weight_conversions = []
         # Partial functions and no methods: these can be copied and pickled with the model.

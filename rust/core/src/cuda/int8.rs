@@ -321,18 +321,11 @@ fn check_product(
         return Err(Error::Unsupported { what: "a product of int8", reason });
     }
     check_rows(x, layout.cols, rows)?;
-    let numbers = |buffer: usize| format!("{buffer} elements");
-    if let Some(bias) = bias.filter(|bias| bias.buffer.len != layout.rows) {
-        return Err(Error::invalid("bias", numbers(bias.buffer.len), numbers(layout.rows)));
-    }
+    x.check(layout.cols, layout.rows, bias, out)?;
     let needed = rows.outliers.map_or(0, |_| SIDE_NUMBERS * (x.tokens + layout.rows));
     let got = side.map_or(0, |side| side.len);
     if got != needed {
-        return Err(Error::invalid("side", numbers(got), numbers(needed)));
-    }
-    if out.buffer.len != x.tokens * layout.rows || out.dtype != x.values.dtype {
-        let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
-        return Err(Error::invalid("out", got, format!("{} rows of {}", x.tokens, layout.rows)));
+        return Err(Error::invalid("side", format!("{got} elements"), format!("{needed} elements")));
     }
     Ok(())
 }

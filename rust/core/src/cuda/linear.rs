@@ -6,7 +6,6 @@ use super::launch::{Argument, Arguments, Pointer, launch};
 use super::plan::{Operation, Problem, Share, plan};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use crate::dtype::Dtype;
-use crate::format::Layout;
 use crate::{Error, Result};
 
 /// The most tokens that kernels multiply without unpacking the weight.
@@ -61,7 +60,7 @@ pub unsafe fn linear(
     if x.tokens > MAX_TOKENS {
         return Err(Error::invalid("x", format!("{} tokens", x.tokens), format!("at most {MAX_TOKENS}")));
     }
-    check_operands(&x, layout, bias, out)?;
+    x.check(layout.cols, layout.rows, bias, out)?;
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
@@ -128,25 +127,29 @@ pub(super) fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> boo
     addresses.iter().all(|address| address.is_multiple_of(16)) && strides.iter().all(|stride| stride.is_multiple_of(16))
 }
 
-/// That operands have the lengths and dtypes of a product with a weight of `layout`.
-pub(super) fn check_operands(
-    x: &DeviceActivations,
-    layout: &Layout,
-    bias: Option<DeviceFloats>,
-    out: DeviceFloats,
-) -> Result<()> {
-    let (terms, outputs) = (layout.cols, layout.rows);
-    if let Some(bias) = bias.filter(|bias| bias.buffer.len != outputs) {
-        return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{outputs} elements")));
+impl DeviceActivations {
+    /// That the elements are there, `terms` a row, that `out` has room for `outputs` a row, in the same dtype, and that a
+    /// bias has as many elements.
+    pub(super) fn check(
+        &self,
+        terms: usize,
+        outputs: usize,
+        bias: Option<DeviceFloats>,
+        out: DeviceFloats,
+    ) -> Result<()> {
+        if let Some(bias) = bias.filter(|bias| bias.buffer.len != outputs) {
+            return Err(Error::invalid("bias", format!("{} elements", bias.buffer.len), format!("{outputs} elements")));
+        }
+        let needed = if self.tokens == 0 || terms == 0 { 0 } else { (self.tokens - 1) * self.stride + terms };
+        if self.values.buffer.len < needed {
+            let got = format!("{} elements", self.values.buffer.len);
+            return Err(Error::invalid("x", got, format!("{} rows of {terms}", self.tokens)));
+        }
+        if out.buffer.len != self.tokens * outputs || out.dtype != self.values.dtype {
+            let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
+            let dtype = self.values.dtype.name();
+            return Err(Error::invalid("out", got, format!("{} rows of {outputs} in {dtype}", self.tokens)));
+        }
+        Ok(())
     }
-    let needed = if x.tokens == 0 || terms == 0 { 0 } else { (x.tokens - 1) * x.stride + terms };
-    if x.values.buffer.len < needed {
-        let got = format!("{} elements", x.values.buffer.len);
-        return Err(Error::invalid("x", got, format!("{} rows of {terms}", x.tokens)));
-    }
-    if out.buffer.len != x.tokens * outputs || out.dtype != x.values.dtype {
-        let got = format!("{} elements of {}", out.buffer.len, out.dtype.name());
-        return Err(Error::invalid("out", got, format!("{} rows of {outputs} in {}", x.tokens, x.values.dtype.name())));
-    }
-    Ok(())
 }

@@ -3,7 +3,7 @@
 
 use super::batch::{self, BatchPlan, BatchShare, BatchSizes};
 use super::launch::{Argument, Arguments, Pointer, launch};
-use super::linear::{DeviceActivations, check_operands, is_vectorized};
+use super::linear::{DeviceActivations, is_vectorized};
 use super::plan::{Operation, Problem};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
@@ -76,7 +76,7 @@ pub unsafe fn linear_batch(
     workspace: BatchWorkspace,
 ) -> Result<()> {
     let layout = weight.layout();
-    check_operands(&x, layout, bias, out)?;
+    x.check(layout.cols, layout.rows, bias, out)?;
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }

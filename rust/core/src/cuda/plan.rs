@@ -256,7 +256,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::batch;
+    use super::super::{batch, grouped};
     use super::*;
     use crate::format::{BlockOrder, BlockSize, Format};
 
@@ -314,7 +314,8 @@ mod tests {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
                     || decode::entries().chain(int8_plan::entries()).any(|name| name == *entry)
-                    || batch::entries().any(|(_, name)| name == *entry);
+                    || batch::entries().any(|(_, name)| name == *entry)
+                    || grouped::entries().any(|name| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
             }
         }
