@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit_rs import _native
-from lowbit_rs._backends._memory import buffer, experts_of, floats, rows_of
+from lowbit_rs._backends._memory import NormOperands, buffer, experts_of, floats, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CudaWeight, Spec
 from lowbit_rs.errors import unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
@@ -164,6 +164,16 @@ def linear_grad_input(weight: CudaWeight, grad: Tensor) -> Tensor:
         _native.cuda_dequantize(weight, (0, first, rows, width), floats(part), _stream(weight.device))
         torch.mm(grad, part, out=sums[:, first : first + width])
     return out
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: Sequence[Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
+    operands = NormOperands(x, residual, weight, bias)
+    device = x.get_device()
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, _stream(device))
+    return operands.y, operands.total
 
 
 def _linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -6,6 +6,17 @@ from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.model import dequantize_model, quantize_model
+from lowbit_rs.nn.norm import LayerNorm, RMSNorm
 from lowbit_rs.nn.report import Report, ReportRow
 
-__all__ = ["QuantEmbedding", "QuantExperts", "QuantLinear", "Report", "ReportRow", "dequantize_model", "quantize_model"]
+__all__ = [
+    "LayerNorm",
+    "QuantEmbedding",
+    "QuantExperts",
+    "QuantLinear",
+    "RMSNorm",
+    "Report",
+    "ReportRow",
+    "dequantize_model",
+    "quantize_model",
+]

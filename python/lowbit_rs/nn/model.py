@@ -18,6 +18,7 @@ from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts, matrices, stack_names
+from lowbit_rs.nn.fuse import fused, is_norm
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Report, ReportRow, relative_error
 from lowbit_rs.packed import DTYPES, BlockSize, describe, dtype_name, make_spec
@@ -60,6 +61,7 @@ def quantize_model(
     block_order: str = "row",
     signed_absmax: bool = False,
     device: torch.device | str | int | None = None,
+    fuse_norms: bool = False,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
@@ -72,7 +74,9 @@ def quantize_model(
     - ``compute_dtype``, ``activation``: see QuantLinear;
     - ``progress``: shows a progress bar;
     - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
-      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
+      can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
+    - ``fuse_norms``: also replaces RMSNorm and LayerNorm, of torch and of models, by lowbit_rs.nn.RMSNorm and LayerNorm
+      over the same parameters, where those compute the same. ``skip`` holds for them, too.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
     reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
@@ -100,9 +104,22 @@ def quantize_model(
         _check_values(name, model.get_submodule(name), device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
-    if not report.rows:
+    if fuse_norms:
+        _fuse_norms(model, skip, report)
+    if not report.rows and not report.fused:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
+
+
+def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> None:
+    for name, module in [(name, module) for name, module in model.named_modules() if name and is_norm(module)]:
+        matched = next((pattern for pattern in skip if matches(name, pattern)), None)
+        new = fused(module) if matched is None else f"matches skip={matched!r}"
+        if isinstance(new, str):
+            report.skipped[name] = new
+        else:
+            replace_module(model, module, new)
+            report.fused.append(name)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:

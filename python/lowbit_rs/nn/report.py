@@ -39,6 +39,8 @@ class Report:
     rows: list[ReportRow] = field(default_factory=list)
     #: Reason by name of the layer.
     skipped: dict[str, str] = field(default_factory=dict)
+    #: Names of the norms that were fused.
+    fused: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -67,7 +69,8 @@ class Report:
         header, *rows, total = _align(cells)
         rule = "-" * len(header)
         skipped = [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *skipped])
+        fused = [f"fused {len(self.fused)} norm{'' if len(self.fused) == 1 else 's'}"] if self.fused else []
+        return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *fused, *skipped])
 
 
 def _align(cells: list[tuple[str, ...]]) -> list[str]:

@@ -8,6 +8,7 @@ mod buffers;
 mod codebooks;
 mod cuda;
 mod errors;
+mod norms;
 mod operations;
 mod spec;
 mod weight;
@@ -22,5 +23,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<spec::PyLayout>()?;
     module.add_class::<weight::WeightView>()?;
     operations::register(module)?;
+    norms::register(module)?;
     cuda::register(module)
 }

@@ -11,6 +11,7 @@ mod driver;
 mod launch;
 mod linear;
 mod modules;
+mod norm;
 mod plan;
 mod quantize;
 mod weight;
@@ -18,6 +19,7 @@ mod weight;
 pub use dequantize::{Window, dequantize, dequantize_rows};
 pub use device::Device;
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
+pub use norm::{DeviceAffine, DeviceResidual, norm};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
 

@@ -92,7 +92,7 @@ struct Kernel {
 }
 
 /// Threads of a block, in every kernel: `kThreads` of the sources.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Weights of a vector, `kVector` of `cuda/dequantize.cu`.
 const VECTOR: usize = 8;
 /// Blocks of a kernel that walks what is left over.
@@ -202,6 +202,14 @@ pub(super) fn sums_of(count: usize) -> usize {
     count.div_ceil(THREADS).min(MAX_SUMS)
 }
 
+/// Says that no kernel runs on a device of `capability`.
+pub(super) fn too_old(capability: Capability) -> Error {
+    Error::Unsupported {
+        what: "this GPU",
+        reason: format!("its compute capability is {}, and kernels start at 75 (Turing)", capability.compute),
+    }
+}
+
 /// The kernel for `problem` on a device of `capability`, and its grid.
 pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
     if let Some(plan) = decode::plan(problem, capability) {
@@ -210,10 +218,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
     let serves = |kernel: &&Kernel| {
         kernel.operation == problem.operation && capability.compute >= kernel.compute && (kernel.takes)(problem)
     };
-    let kernel = KERNELS.iter().find(serves).ok_or_else(|| Error::Unsupported {
-        what: "this GPU",
-        reason: format!("its compute capability is {}, and kernels start at 75 (Turing)", capability.compute),
-    })?;
+    let kernel = KERNELS.iter().find(serves).ok_or_else(|| too_old(capability))?;
     let [x, y] = (kernel.grid)(problem);
     if x > i32::MAX as usize || y > usize::from(u16::MAX) {
         let reason =
@@ -239,6 +244,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::norm;
     use super::*;
     use crate::format::{BlockOrder, BlockSize, Format};
 
@@ -286,7 +292,7 @@ mod tests {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().any(|name| name == *entry);
+                    || decode::entries().chain(norm::entries()).any(|name| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
             }
         }
