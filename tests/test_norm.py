@@ -163,7 +163,9 @@ def test_only_wanted_gradients_are_made() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("name", KINDS)
+# opcheck itself reads .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "layer"])
 def test_operators_are_well_formed(name: str) -> None:
     x, weight = torch.randn(3, 10, requires_grad=True), torch.randn(10, requires_grad=True)
     bias = torch.randn(10, requires_grad=True)

@@ -240,6 +240,7 @@ PAGES = (
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/from-bitsandbytes.md",
+    "docs/norms.md",
     "docs/qlora.md",
     "docs/transformers.md",
 )

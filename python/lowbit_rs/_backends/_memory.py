@@ -58,6 +58,12 @@ def experts_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, in
     return (experts, rows, cols), (of_experts, of_rows, of_cols)
 
 
+#: Rows and the elements from one to the next.
+Rows = tuple[Floats, int]
+#: x, its rows and their width; residual and its sum with x; weight and bias; the result.
+NormArguments = tuple[Rows, int, int, Rows | None, Floats | None, Floats | None, Floats | None, Floats]
+
+
 class NormOperands:
     """The tensors of a normalization: those that come in, as native calls take them, and those that go out.
 
@@ -75,8 +81,16 @@ class NormOperands:
             self._kept.append(more[0])
             addend = (floats(more[0]), more[2])
         total = None if self.total is None else floats(self.total)
-        columns = [self._column(weight), self._column(bias)]
-        self.arguments = ((floats(rows), stride), tokens, x.shape[-1], addend, total, *columns, floats(self.y))
+        columns = (self._column(weight), self._column(bias))
+        self.arguments: NormArguments = (
+            (floats(rows), stride),
+            tokens,
+            x.shape[-1],
+            addend,
+            total,
+            *columns,
+            floats(self.y),
+        )
 
     def _column(self, column: Tensor | None) -> Floats | None:
         if column is None:

@@ -71,18 +71,15 @@ def quantize_model(
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding;
-    - ``compute_dtype``, ``activation``: see QuantLinear;
-    - ``progress``: shows a progress bar;
+    - ``compute_dtype``, ``activation``: see QuantLinear; ``progress``: shows a progress bar;
     - ``device``: where each layer is moved before it is packed, so that a model that does not fit on a GPU in floats
       can be packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
-    - ``fuse_norms``: also replaces RMSNorm and LayerNorm, of torch and of models, by lowbit_rs.nn.RMSNorm and LayerNorm
-      over the same parameters, where those compute the same. ``skip`` holds for them, too.
+    - ``fuse_norms``: also replaces norms by RMSNorm and LayerNorm of lowbit_rs.nn, where those compute the same.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
-    reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
-    InvalidArgument, before anything is replaced, for bad options and for weights without values (meta device), and
-    Unsupported for weights on a device without kernels. For a weight with NaN it raises InvalidArgument when that
-    layer's turn comes; the layers before it are then packed, the others as they were.
+    reads without calling them, and routers are left alone too; the report says which and why. Raises InvalidArgument,
+    before anything is replaced, for bad options and weights without values (meta device), and Unsupported for weights
+    on a device without kernels; for a weight with NaN when its turn comes: the layers before it are packed then.
     """
     options = {
         "format": resolve_format(format, codebook),
@@ -100,18 +97,18 @@ def quantize_model(
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     names = choose(model, skip, embeddings, report)
-    for name in names:
-        _check_values(name, model.get_submodule(name), device)
+    _check_values(model, names, device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
-    if fuse_norms:
-        _fuse_norms(model, skip, report)
+    report.fused += _fuse_norms(model, skip, report) if fuse_norms else []
     if not report.rows and not report.fused:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
 
 
-def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> None:
+def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> list[str]:
+    """Replaces the norms that match no pattern of ``skip`` by fused ones with their parameters; gives their names."""
+    names = []
     for name, module in [(name, module) for name, module in model.named_modules() if name and is_norm(module)]:
         matched = next((pattern for pattern in skip if matches(name, pattern)), None)
         new = fused(module) if matched is None else f"matches skip={matched!r}"
@@ -119,7 +116,8 @@ def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> None:
             report.skipped[name] = new
         else:
             replace_module(model, module, new)
-            report.fused.append(name)
+            names.append(name)
+    return names
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -263,10 +261,11 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: module.get_parameter(name) for name in names}
 
 
-def _check_values(name: str, module: nn.Module, device: torch.device | str | int | None) -> None:
-    for key, weight in _weights(module).items():
+def _check_values(model: nn.Module, names: Sequence[str], device: torch.device | str | int | None) -> None:
+    weights = {f"{name}.{key}": part for name in names for key, part in _weights(model.get_submodule(name)).items()}
+    for name, weight in weights.items():
         if weight.is_meta:
-            got = f"the meta tensor {name}.{key}, which has no values"
+            got = f"the meta tensor {name}, which has no values"
             raise invalid("model", got, "a model with loaded weights")
         backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -39,8 +40,8 @@ class _Norm(nn.Module):
     """What both norms have in common: how their forward runs. Torch's classes beside it bring the parameters."""
 
     normalized_shape: tuple[int, ...]
-    eps: float | None
-    weight: Tensor | None
+    eps: Any  # float | None; torch's two classes differ in whether these are optional
+    weight: Any  # Tensor | None
     unit_offset = False
     cast_before_weight = False
     #: Whether autocast on CUDA makes x float32, as it does with torch's modules of these names.
@@ -64,14 +65,12 @@ class _Norm(nn.Module):
             x, residual = x.float(), None if residual is None else residual.float()
         shape, dims = x.shape, len(self.normalized_shape)
         weight, bias = self.weight, getattr(self, "bias", None)
+        if (dims != 1 or weight is None) and tuple(shape[-dims:]) != tuple(self.normalized_shape):
+            raise invalid("x", f"shape {list(shape)}", f"[..., {', '.join(map(str, self.normalized_shape))}]")
         if dims != 1:
-            if tuple(shape[-dims:]) != tuple(self.normalized_shape):
-                raise invalid("x", f"shape {list(shape)}", f"[..., {', '.join(map(str, self.normalized_shape))}]")
-            width = math.prod(self.normalized_shape)
-            x, residual = (None if part is None else part.reshape(*shape[:-dims], width) for part in (x, residual))
+            rows = (*shape[:-dims], math.prod(self.normalized_shape))
+            x, residual = x.reshape(rows), None if residual is None else residual.reshape(rows)
             weight, bias = (None if part is None else part.flatten() for part in (weight, bias))
-        elif weight is None and (not shape or shape[-1] != self.normalized_shape[0]):
-            raise invalid("x", f"shape {list(shape)}", f"[..., {self.normalized_shape[0]}]")
         y, total = self._normalized(x, residual, weight, bias)
         if dims != 1:
             y, total = y.view(shape), None if total is None else total.view(shape)
@@ -98,6 +97,10 @@ class _Norm(nn.Module):
         return ", ".join([super().extra_repr(), *(f"{name}=True" for name in options)])
 
 
+def _size(shape: int | Sequence[int]) -> torch.Size:
+    return torch.Size([shape] if isinstance(shape, int) else shape)
+
+
 class RMSNorm(_Norm, nn.RMSNorm):
     """``torch.nn.RMSNorm`` in one pass over memory: ``x / sqrt(mean(x^2) + eps) * weight``.
 
@@ -116,7 +119,7 @@ class RMSNorm(_Norm, nn.RMSNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | torch.Size,
+        normalized_shape: int | Sequence[int],
         eps: float | None = None,
         elementwise_affine: bool = True,
         device: torch.device | str | int | None = None,
@@ -128,7 +131,7 @@ class RMSNorm(_Norm, nn.RMSNorm):
         self.__dict__.update(
             unit_offset=unit_offset, cast_before_weight=cast_before_weight
         )  # before parameters are set
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        super().__init__(_size(normalized_shape), eps, elementwise_affine, device, dtype)
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
@@ -140,7 +143,7 @@ class LayerNorm(_Norm, nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape: int | list[int] | torch.Size,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
@@ -150,7 +153,7 @@ class LayerNorm(_Norm, nn.LayerNorm):
         unit_offset: bool = False,
     ) -> None:
         self.__dict__.update(unit_offset=unit_offset)  # before parameters are set
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        super().__init__(_size(normalized_shape), eps, elementwise_affine, bias, device, dtype)
 
 
 def from_parts(kind: NormKind, weight: nn.Parameter, bias: nn.Parameter | None, shape: Any = None) -> _Norm:
@@ -159,9 +162,9 @@ def from_parts(kind: NormKind, weight: nn.Parameter, bias: nn.Parameter | None, 
     new: _Norm
     if kind.centered:
         new = LayerNorm(shape, kind.eps, bias=bias is not None, device="meta", unit_offset=kind.unit_offset)
-        new.bias = bias
+        new.register_parameter("bias", bias)
     else:
-        options = {"unit_offset": kind.unit_offset, "cast_before_weight": kind.cast_before_weight}
+        options: dict[str, Any] = {"unit_offset": kind.unit_offset, "cast_before_weight": kind.cast_before_weight}
         new = RMSNorm(shape, kind.eps, device="meta", **options)
-    new.weight = weight
+    new.register_parameter("weight", weight)
     return new
