@@ -21,7 +21,7 @@ PYTHON_LAYERS = (
     {"errors", "_post_import"},
     {"codebooks", "packed"},
     {"_backends"},
-    {"_ops"},
+    {"_ops", "_norm_ops"},
     {"functional"},
     {"nn"},
     {"__init__"},  # `import lowbit_rs`: the public names of everything above this line
@@ -40,6 +40,7 @@ RUST_LAYERS = (
     {"codebook"},
     {"format"},
     {"storage"},
+    {"norm"},
     {"reference"},
     {"cpu", "cuda"},
     {"lib"},
@@ -240,6 +241,7 @@ PAGES = (
     "docs/checkpoints.md",
     "docs/from-bitsandbytes.md",
     "docs/int8.md",
+    "docs/norms.md",
     "docs/qlora.md",
     "docs/transformers.md",
 )

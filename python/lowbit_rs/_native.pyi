@@ -187,6 +187,31 @@ def cuda_linear(
     stream: int,
     may_overlap: bool,
 ) -> None: ...
+def norm(
+    kind: tuple[float, bool, bool, bool],
+    x: tuple[_Floats, int],
+    tokens: int,
+    cols: int,
+    residual: tuple[_Floats, int] | None,
+    total: _Floats | None,
+    weight: _Floats | None,
+    bias: _Floats | None,
+    out: _Floats,
+    threads: int,
+) -> None: ...
+def cuda_norm(
+    device: int,
+    kind: tuple[float, bool, bool, bool],
+    x: tuple[_Floats, int],
+    tokens: int,
+    cols: int,
+    residual: tuple[_Floats, int] | None,
+    total: _Floats | None,
+    weight: _Floats | None,
+    bias: _Floats | None,
+    out: _Floats,
+    stream: int,
+) -> None: ...
 def use_torch(
     exchange: Any,
     plain_types: list[type],

@@ -69,6 +69,11 @@ class Backend(Protocol[View]):
     def may_wait(self) -> bool:
         """Whether values may be read back just now."""
 
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: Sequence[Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
+
 
 def backend_of(device: torch.device) -> Backend[Any]:
     """The backend of ``device``; raises Unsupported where this build has none.

@@ -78,3 +78,44 @@ def experts_of(tensor: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, in
     *_, experts, rows, cols = (1, *tensor.shape)
     *_, of_experts, of_rows, of_cols = (0, *tensor.stride())
     return (experts, rows, cols), (of_experts, of_rows, of_cols)
+
+
+#: Rows and the elements from one to the next.
+Rows = tuple[Floats, int]
+#: x, its rows and their width; residual and its sum with x; weight and bias; the result.
+NormArguments = tuple[Rows, int, int, Rows | None, Floats | None, Floats | None, Floats | None, Floats]
+
+
+class NormOperands:
+    """The tensors of a normalization: those that come in, as native calls take them, and those that go out.
+
+    Keep it alive during the call: it holds the copies that odd strides ask for.
+    """
+
+    def __init__(self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.y = x.new_empty(x.shape)
+        self.total = None if residual is None else x.new_empty(x.shape)
+        rows, tokens, stride = rows_of(x)
+        self._kept = [rows]
+        more = None if residual is None else rows_of(residual)
+        addend = None
+        if more is not None:
+            self._kept.append(more[0])
+            addend = (floats(more[0]), more[2])
+        total = None if self.total is None else floats(self.total)
+        columns = (self._column(weight), self._column(bias))
+        self.arguments: NormArguments = (
+            (floats(rows), stride),
+            tokens,
+            x.shape[-1],
+            addend,
+            total,
+            *columns,
+            floats(self.y),
+        )
+
+    def _column(self, column: Tensor | None) -> Floats | None:
+        if column is None:
+            return None
+        self._kept.append(rows_of(column)[0])
+        return floats(self._kept[-1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit_rs import _native
-from lowbit_rs._backends._memory import buffer, experts_of, floats, joined_buffers, rows_of
+from lowbit_rs._backends._memory import NormOperands, buffer, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import Spec, WeightView
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
@@ -110,3 +111,12 @@ def queue(device: torch.device) -> None:
 def may_wait() -> bool:
     """Always."""
     return True
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: Sequence[Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
+    operands = NormOperands(x, residual, weight, bias)
+    _native.norm(tuple(kind), *operands.arguments, torch.get_num_threads())
+    return operands.y, operands.total

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit_rs import _native
 from lowbit_rs._backends._counters import counters
-from lowbit_rs._backends._memory import Buffer, buffer, experts_of, floats, joined_buffers, rows_of
+from lowbit_rs._backends._memory import Buffer, NormOperands, buffer, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import CUDA_MAX_TOKENS, CUDA_SIDE_NUMBERS, CudaWeight, Spec, Unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
@@ -297,6 +297,16 @@ def queue(device: torch.device) -> tuple[int, bool]:
 def may_wait() -> bool:
     """Not while a CUDA graph is captured."""
     return not torch.cuda.is_current_stream_capturing()
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: Sequence[Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
+    operands = NormOperands(x, residual, weight, bias)
+    device = x.get_device()
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, _stream(device))
+    return operands.y, operands.total
 
 
 def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:

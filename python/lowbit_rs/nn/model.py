@@ -18,6 +18,7 @@ from lowbit_rs.functional import CodebookLike, as_codebook, make_scheme, resolve
 from lowbit_rs.nn._base import PackedModule
 from lowbit_rs.nn.embedding import QuantEmbedding
 from lowbit_rs.nn.experts import QuantExperts, matrices, stack_names
+from lowbit_rs.nn.fused_norms import fused, is_norm
 from lowbit_rs.nn.fusion import fuse_model
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Report, ReportRow, relative_error
@@ -63,6 +64,7 @@ def quantize_model(
     signed_absmax: bool = False,
     device: torch.device | str | int | None = None,
     fuse: bool = False,
+    fuse_norms: bool = False,
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
@@ -74,13 +76,13 @@ def quantize_model(
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding; ``progress``: shows a progress bar;
     - ``compute_dtype``, ``activation``, ``threshold``: see QuantLinear; ``fuse``: see :func:`fuse_model`;
     - ``device``: where each layer is moved before it is packed, so that a model too large for a GPU in floats can be
-      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards.
+      packed there. What is not packed stays where it is: ``model.to(device)`` moves it afterwards;
+    - ``fuse_norms``: also replaces norms by RMSNorm and LayerNorm of lowbit_rs.nn, where those compute the same.
 
     Layers whose weight is shared with another module, subclasses with a forward of their own, layers whose weight torch
-    reads without calling them, and routers of experts are left alone too; the report says which and why. Raises
-    InvalidArgument, before anything is replaced, for bad options and for weights without values (meta device), and
-    Unsupported for weights on a device without kernels. For a weight with NaN it raises InvalidArgument when that
-    layer's turn comes; the layers before it are then packed, the others as they were.
+    reads without calling them, and routers are left alone too; the report says which and why. Raises InvalidArgument,
+    before anything is replaced, for bad options and weights without values (meta device), and Unsupported for weights
+    on a device without kernels; for a weight with NaN when its turn comes: the layers before it are packed then.
     """
     options = {
         "format": resolve_format(format, codebook),
@@ -96,14 +98,30 @@ def quantize_model(
     report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
-    names = choose(model, (skip,) if isinstance(skip, str) else tuple(skip), embeddings, report)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    names = choose(model, skip, embeddings, report)
     _check_values(model, names, device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
     report.fusion = fuse_model(model) if fuse else None
-    if not report.rows:
+    report.fused_norms += _fuse_norms(model, skip, report) if fuse_norms else []
+    if not report.rows and not report.fused_norms:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
+
+
+def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> list[str]:
+    """Replaces the norms that match no pattern of ``skip`` by fused ones with their parameters; gives their names."""
+    names = []
+    for name, module in [(name, module) for name, module in model.named_modules() if name and is_norm(module)]:
+        matched = next((pattern for pattern in skip if matches(name, pattern)), None)
+        new = fused(module) if matched is None else f"matches skip={matched!r}"
+        if isinstance(new, str):
+            report.skipped[name] = new
+        else:
+            replace_module(model, module, new)
+            names.append(name)
+    return names
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -248,13 +266,13 @@ def _weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: module.get_parameter(name) for name in names}
 
 
-def _check_values(model: nn.Module, names: Iterable[str], device: torch.device | str | int | None) -> None:
-    for name in names:
-        for key, weight in _weights(model.get_submodule(name)).items():
-            if weight.is_meta:
-                got = f"the meta tensor {name}.{key}, which has no values"
-                raise invalid("model", got, "a model with loaded weights")
-            backend_of(weight.device if device is None else torch.empty(0, device=device).device)
+def _check_values(model: nn.Module, names: Sequence[str], device: torch.device | str | int | None) -> None:
+    weights = {f"{name}.{key}": part for name in names for key, part in _weights(model.get_submodule(name)).items()}
+    for name, weight in weights.items():
+        if weight.is_meta:
+            got = f"the meta tensor {name}, which has no values"
+            raise invalid("model", got, "a model with loaded weights")
+        backend_of(weight.device if device is None else torch.empty(0, device=device).device)
 
 
 def _replace_one(

@@ -54,6 +54,8 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     #: What was fused, where that was asked for.
     fusion: Fusion | None = None
+    #: Names of the norms that were fused.
+    fused_norms: list[str] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -82,7 +84,9 @@ class Report:
         header, *rows, total = _align(cells)
         rule = "-" * len(header)
         skipped = [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        fused = [] if self.fusion is None else [str(self.fusion)]
+        norms = len(self.fused_norms)
+        fused = [f"fused {norms} norm{'' if norms == 1 else 's'}"] if norms else []
+        fused += [] if self.fusion is None else [str(self.fusion)]
         return "\n".join([f"packed as {self.scheme}", header, rule, *rows, rule, total, *skipped, *fused])
 
 

@@ -17,6 +17,7 @@ pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod format;
+pub mod norm;
 pub mod reference;
 pub mod storage;
 

@@ -108,7 +108,7 @@ fn buffer((address, len): Buffer) -> DeviceBuffer {
     DeviceBuffer { address: address as u64, len }
 }
 
-fn floats(argument: &'static str, (address, len, dtype): &FloatBuffer) -> Result<DeviceFloats> {
+pub(crate) fn floats(argument: &'static str, (address, len, dtype): &FloatBuffer) -> Result<DeviceFloats> {
     Ok(DeviceFloats::new(*address as u64, *len, Dtype::parse(argument, dtype)?))
 }
 

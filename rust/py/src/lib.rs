@@ -10,6 +10,7 @@ mod codebooks;
 mod cuda;
 mod errors;
 mod exchange;
+mod norms;
 mod operations;
 mod spec;
 mod torch;
@@ -27,5 +28,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<calls::LinearCall>()?;
     module.add_function(wrap_pyfunction!(torch::use_torch, module)?)?;
     operations::register(module)?;
+    norms::register(module)?;
     cuda::register(module)
 }

@@ -153,7 +153,7 @@ fn linear_grad_input(
 
 /// # Safety
 /// The buffer is alive and nobody writes to it while the result lives.
-unsafe fn activations<'a>(
+pub(crate) unsafe fn activations<'a>(
     argument: &'static str,
     buffer: &FloatBuffer,
     tokens: usize,

@@ -96,7 +96,7 @@ struct Kernel {
 }
 
 /// Threads of a block, in every kernel: `kThreads` of the sources.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 /// Weights of a vector, `kVector` of `cuda/dequantize.cu`.
 const VECTOR: usize = 8;
 /// Weights of a warp that packs, 16 a lane: `kVector` of `cuda/include/lowbit/quantize_codes.cuh`.
@@ -219,6 +219,14 @@ pub(super) fn sums_of(count: usize) -> usize {
     count.div_ceil(THREADS).min(MAX_SUMS)
 }
 
+/// Says that no kernel runs on a device of `capability`.
+pub(super) fn too_old(capability: Capability) -> Error {
+    Error::Unsupported {
+        what: "this GPU",
+        reason: format!("its compute capability is {}, and kernels start at 75 (Turing)", capability.compute),
+    }
+}
+
 /// The kernel for `problem` on a device of `capability`, and its grid.
 pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
     if let Some(plan) = decode::plan(problem, capability) {
@@ -227,10 +235,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
     let serves = |kernel: &&Kernel| {
         kernel.operation == problem.operation && capability.compute >= kernel.compute && (kernel.takes)(problem)
     };
-    let kernel = KERNELS.iter().find(serves).ok_or_else(|| Error::Unsupported {
-        what: "this GPU",
-        reason: format!("its compute capability is {}, and kernels start at 75 (Turing)", capability.compute),
-    })?;
+    let kernel = KERNELS.iter().find(serves).ok_or_else(|| too_old(capability))?;
     let [x, y] = (kernel.grid)(problem);
     if x > i32::MAX as usize || y > usize::from(u16::MAX) {
         let reason =
@@ -256,7 +261,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{batch, grouped};
+    use super::super::{batch, grouped, norm};
     use super::*;
     use crate::format::{BlockOrder, BlockSize, Format};
 
@@ -313,7 +318,7 @@ mod tests {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().chain(int8_plan::entries()).any(|name| name == *entry)
+                    || decode::entries().chain(int8_plan::entries()).chain(norm::entries()).any(|name| name == *entry)
                     || batch::entries().any(|(_, name)| name == *entry)
                     || grouped::entries().any(|name| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);

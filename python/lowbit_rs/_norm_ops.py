@@ -1,0 +1,161 @@
+"""The operators of RMSNorm and LayerNorm in torch's registry: schemas, implementations, fakes, gradients.
+
+What is computed of every row of ``t = x``, or of ``t = x + residual`` rounded to its dtype, is
+
+    y = (t - mean) / sqrt(mean((t - mean)^2) + eps) * weight + bias
+
+in fp32 with one rounding at the end; RMSNorm has a mean of 0. A :class:`NormKind` says which it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit_rs._backends import backend_of
+from lowbit_rs.errors import invalid
+from lowbit_rs.packed import dtype_name
+
+
+class NormKind(NamedTuple):
+    """Which normalization: what operators and kernels take beside the tensors."""
+
+    #: What is added to the mean square.
+    eps: float
+    #: Whether the mean is subtracted (LayerNorm).
+    centered: bool = False
+    #: Whether the factor is ``1 + weight`` (Gemma).
+    unit_offset: bool = False
+    #: Whether the normalized number is rounded to the dtype before it is multiplied by the weight (Llama).
+    cast_before_weight: bool = False
+
+
+_library = torch.library.Library("lowbit_rs", "FRAGMENT")
+_OPERANDS = "Tensor? weight, Tensor? bias, float eps, bool centered, bool unit_offset, bool cast_before_weight"
+
+for _schema in (
+    f"norm(Tensor x, {_OPERANDS}) -> Tensor",
+    f"norm_residual(Tensor x, Tensor residual, {_OPERANDS}) -> (Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raises InvalidArgument unless x [..., K], residual like x, weight [K] and bias [K] go together."""
+    dtype_name(x.dtype, "x")
+    if x.dim() == 0:
+        raise invalid("x", "shape []", "[..., K]")
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
+        got = f"{residual.dtype} {list(residual.shape)}"
+        raise invalid("residual", got, f"{x.dtype} {list(x.shape)}, as x is")
+    for name, column in (("weight", weight), ("bias", bias)):
+        if column is None:
+            continue
+        dtype_name(column.dtype, name)
+        if column.dim() != 1 or column.shape[0] != x.shape[-1]:
+            raise invalid(name, f"shape {list(column.shape)}", f"[{x.shape[-1]}]")
+    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise invalid(name, f"a tensor on {tensor.device}", f"one on {x.device}, where x lies")
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *kind: Any) -> Tensor:
+    check_norm(x, None, weight, bias)
+    return backend_of(x.device).norm(x, None, weight, bias, kind)[0]
+
+
+def _norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, *_kind: Any) -> Tensor:
+    check_norm(x, None, weight, bias)
+    return x.new_empty(x.shape)
+
+
+def _norm_residual(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *kind: Any
+) -> tuple[Tensor, Tensor]:
+    check_norm(x, residual, weight, bias)
+    y, total = backend_of(x.device).norm(x, residual, weight, bias, kind)
+    assert total is not None
+    return y, total
+
+
+def _norm_residual_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, *_kind: Any
+) -> tuple[Tensor, Tensor]:
+    check_norm(x, residual, weight, bias)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *kind = inputs
+    _save(ctx, x, weight, bias, kind)
+
+
+def _save_norm_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _x, _residual, weight, bias, *kind = inputs
+    _save(ctx, output[1], weight, bias, kind)
+
+
+def _save(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, kind: list[Any]) -> None:
+    ctx.save_for_backward(rows, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.kind = NormKind(*kind)
+
+
+def _backward_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    of_rows, of_weight, of_bias = _gradients(ctx, grad, ctx.needs_input_grad[:3])
+    dtype = ctx.saved_tensors[0].dtype
+    return None if of_rows is None else of_rows.to(dtype), of_weight, of_bias, *[None] * len(ctx.kind)
+
+
+def _backward_norm_residual(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
+    needs_x, needs_residual, *needs_columns = ctx.needs_input_grad[:4]
+    needs = (needs_x or needs_residual, *needs_columns)
+    of_rows, of_weight, of_bias = _gradients(ctx, grad, needs)
+    if of_rows is not None:
+        of_rows = (of_rows + grad_total).to(ctx.saved_tensors[0].dtype)
+    of_x, of_residual = of_rows if needs_x else None, of_rows if needs_residual else None
+    return of_x, of_residual, of_weight, of_bias, *[None] * len(ctx.kind)
+
+
+def _gradients(ctx: Any, grad: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients to rows (in fp32), weight and bias, made of operations of torch: differentiable in turn.
+
+    With n = (t - mean) / s and g = grad * weight: ``(g - mean(g) - n mean(g n)) / s`` to t, and to the weight the sum
+    of ``grad * n`` over rows. Statistics are computed anew, which costs less than keeping them would in memory.
+    """
+    rows, weight = ctx.saved_tensors
+    kind = ctx.kind
+    rows, grad = rows.float(), grad.float()
+    if kind.centered:
+        rows = rows - rows.mean(-1, keepdim=True)
+    inverse = (rows.square().mean(-1, keepdim=True) + kind.eps).rsqrt()
+    normalized = rows * inverse
+    needs_rows, needs_weight, needs_bias = needs
+    of_rows = of_weight = of_bias = None
+    if needs_rows:
+        scaled = grad if weight is None else grad * (weight.float() + float(kind.unit_offset))
+        of_rows = scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)
+        if kind.centered:
+            of_rows = of_rows - scaled.mean(-1, keepdim=True)
+        of_rows = of_rows * inverse
+    if needs_weight:
+        of_weight = _sum_of_rows(grad * normalized).to(weight.dtype)
+    if needs_bias:
+        of_bias = _sum_of_rows(grad).to(ctx.bias_dtype)
+    return of_rows, of_weight, of_bias
+
+
+def _sum_of_rows(tensor: Tensor) -> Tensor:
+    return tensor.sum(list(range(tensor.dim() - 1))) if tensor.dim() > 1 else tensor
+
+
+for _name, _function, _fake, _backward, _setup in (
+    ("norm", _norm, _norm_fake, _backward_norm, _save_norm),
+    ("norm_residual", _norm_residual, _norm_residual_fake, _backward_norm_residual, _save_norm_residual),
+):
+    # For every device, so that one without kernels gets our error and not the dispatcher's.
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit_rs::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"lowbit_rs::{_name}", _backward, setup_context=_setup, lib=_library)

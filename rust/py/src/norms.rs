@@ -1,0 +1,110 @@
+//! `RMSNorm` and `LayerNorm`, on the CPU and on CUDA devices.
+
+use lowbit_core::cpu::{self, Activations, Affine, Residual};
+use lowbit_core::cuda::{self, Device, DeviceActivations, DeviceAffine, DeviceResidual, Queue};
+use lowbit_core::dtype::Dtype;
+use lowbit_core::norm::Norm;
+use pyo3::prelude::*;
+
+use crate::buffers::{FloatBuffer, floats, floats_mut};
+use crate::cuda::floats as device_floats;
+use crate::errors::run;
+use crate::operations::activations;
+
+pub(crate) fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(norm, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_norm, module)?)
+}
+
+/// eps, whether the mean is subtracted, whether the factor is 1 + weight, whether normalized numbers are rounded before
+/// they are multiplied by it.
+type Kind = (f32, bool, bool, bool);
+
+fn norm_of((eps, is_centered, has_unit_offset, rounds_normalized): Kind) -> Norm {
+    Norm { eps, is_centered, has_unit_offset, rounds_normalized }
+}
+
+/// Rows and the elements from one to the next.
+type Rows = (FloatBuffer, usize);
+
+/// `out[tokens, cols]` = the normalized rows of x, or of `total = x + residual` where the two are given.
+#[pyfunction]
+#[pyo3(signature = (kind, x, tokens, cols, residual, total, weight, bias, out, threads))]
+#[allow(clippy::too_many_arguments)] // six tensors
+fn norm(
+    py: Python<'_>,
+    kind: Kind,
+    x: Rows,
+    tokens: usize,
+    cols: usize,
+    residual: Option<Rows>,
+    total: Option<FloatBuffer>,
+    weight: Option<FloatBuffer>,
+    bias: Option<FloatBuffer>,
+    out: FloatBuffer,
+    threads: usize,
+) -> PyResult<()> {
+    run(py, || {
+        let rows = |argument, (buffer, stride): &Rows| -> lowbit_core::Result<Activations<'_>> {
+            // SAFETY: the caller lends its tensors for this call.
+            unsafe { activations(argument, buffer, tokens, *stride) }
+        };
+        let column = |argument, buffer: Option<FloatBuffer>| {
+            let read = |(address, len, dtype): FloatBuffer| {
+                // SAFETY: as above.
+                Dtype::parse(argument, &dtype).and_then(|dtype| unsafe { floats((address, len), dtype) })
+            };
+            buffer.map(read).transpose()
+        };
+        let written = |argument, (address, len, dtype): FloatBuffer| {
+            // SAFETY: as above; nobody else uses what is written.
+            Dtype::parse(argument, &dtype).and_then(|dtype| unsafe { floats_mut((address, len), dtype) })
+        };
+        let residual = match (&residual, total) {
+            (Some(residual), Some(total)) => {
+                Some(Residual { rows: rows("residual", residual)?, total: written("total", total)? })
+            }
+            _ => None,
+        };
+        let affine = Affine { weight: column("weight", weight)?, bias: column("bias", bias)? };
+        cpu::norm(norm_of(kind), cols, rows("x", &x)?, residual, affine, written("out", out)?, threads)
+    })
+}
+
+/// As `norm`, of tensors on the device of this number.
+#[pyfunction]
+#[pyo3(signature = (device, kind, x, tokens, cols, residual, total, weight, bias, out, stream))]
+#[allow(clippy::too_many_arguments)] // six tensors
+fn cuda_norm(
+    py: Python<'_>,
+    device: usize,
+    kind: Kind,
+    x: Rows,
+    tokens: usize,
+    cols: usize,
+    residual: Option<Rows>,
+    total: Option<FloatBuffer>,
+    weight: Option<FloatBuffer>,
+    bias: Option<FloatBuffer>,
+    out: FloatBuffer,
+    stream: usize,
+) -> PyResult<()> {
+    run(py, || {
+        let rows = |argument, (buffer, stride): &Rows| {
+            device_floats(argument, buffer).map(|values| DeviceActivations { values, tokens, stride: *stride })
+        };
+        let column =
+            |argument, buffer: Option<FloatBuffer>| buffer.map(|buffer| device_floats(argument, &buffer)).transpose();
+        let residual = match (&residual, &total) {
+            (Some(residual), Some(total)) => {
+                Some(DeviceResidual { rows: rows("residual", residual)?, total: device_floats("total", total)? })
+            }
+            _ => None,
+        };
+        let affine = DeviceAffine { weight: column("weight", weight)?, bias: column("bias", bias)? };
+        let queue = Queue { device: Device::get(device)?, stream, may_overlap: false };
+        let (x, out) = (rows("x", &x)?, device_floats("out", &out)?);
+        // SAFETY: the caller's tensors are on the device, and torch keeps their memory until the stream is done.
+        unsafe { cuda::norm(queue, norm_of(kind), cols, x, residual, affine, out) }
+    })
+}

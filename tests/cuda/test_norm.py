@@ -1,0 +1,127 @@
+"""RMSNorm and LayerNorm on a GPU: against fp64, torch and the CPU; streams, graphs, gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+import lowbit_rs
+from lowbit_rs._norm_ops import NormKind
+from lowbit_rs.nn import LayerNorm, RMSNorm
+from lowbit_rs.nn.norm import normalize
+from norms import KINDS, assert_exact, cases
+from test_norm import MODULES, Block, Case, LlamaNorm
+
+#: Every kernel, full and with lanes that have nothing to do, and widths that are no whole vectors or too wide.
+WIDTHS = (8, 128, 136, 256, 264, 512, 1024, 2048, 3200, 4096, 5120, 8192, 12288, 16384, 16392, 75, 4100)
+
+
+@given(cases())
+def test_norms_are_exact(case: Case) -> None:
+    *tensors, kind = case
+    x, residual, weight, bias = (None if tensor is None else tensor.cuda() for tensor in tensors)
+    assert x is not None
+    y, total = normalize(x, residual, weight, bias, kind)
+    if residual is not None:
+        assert total is not None
+        assert torch.equal(total, x + residual)
+    assert_exact(y, x if residual is None else x + residual, weight, bias, kind)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_kernel(width: int, name: str, dtype: torch.dtype) -> None:
+    kind = KINDS[name]
+    for rows, weight_dtype in ((1, dtype), (37, dtype), (3, torch.float32), (3, torch.bfloat16)):
+        x = (torch.randn(rows, width, device="cuda") * 3 + 1).to(dtype)
+        residual = torch.randn(rows, width, device="cuda").to(dtype)
+        weight = torch.randn(width, device="cuda").to(weight_dtype)
+        bias = torch.randn(width, device="cuda").to(weight_dtype) if kind.centered else None
+        assert_exact(normalize(x, None, weight, bias, kind)[0], x, weight, bias, kind)
+        y, total = normalize(x, residual, weight, None, kind)
+        assert total is not None
+        assert torch.equal(total, x + residual)
+        assert_exact(y, total, weight, None, kind)
+    x = torch.randn(5, width, device="cuda").to(dtype)
+    assert_exact(normalize(x, None, None, None, kind)[0], x, None, None, kind)
+
+
+def test_strides_and_addresses_do_not_matter(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(6, 256, device="cuda").to(dtype), torch.randn(256, device="cuda").to(dtype)
+    kind = KINDS["plain"]
+    wanted, _ = normalize(x, None, weight, None, kind)
+    wide = torch.cat([x, x], -1)[:, :256]
+    assert torch.equal(normalize(wide, None, weight, None, kind)[0], wanted)
+    assert torch.equal(normalize(x.T.contiguous().T, None, weight, None, kind)[0], wanted)
+    odd = torch.zeros(x.numel() + 1, dtype=dtype, device="cuda")[1:].view(6, 256).copy_(x)
+    assert_exact(normalize(odd, None, weight, None, kind)[0], x, weight, None, kind)
+    total = normalize(x, wide, weight, None, kind)[1]
+    assert total is not None
+    assert torch.equal(total, x + x)
+
+
+def test_the_same_bits_every_time() -> None:
+    x, weight = torch.randn(300, 4096, device="cuda"), torch.randn(4096, device="cuda")
+    wanted = normalize(x, None, weight, None, KINDS["layer"])[0]
+    for _ in range(5):
+        assert torch.equal(normalize(x, None, weight, None, KINDS["layer"])[0], wanted)
+    # Neither does a row depend on its neighbours.
+    assert torch.equal(normalize(x[7:8], None, weight, None, KINDS["layer"])[0], wanted[7:8])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_are_those_of_the_cpu(name: str) -> None:
+    norm = copy.deepcopy(MODULES[name][0])
+    x = torch.randn(4, *norm.normalized_shape)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        moved, source = copy.deepcopy(norm).to(device), x.detach().to(device).requires_grad_()
+        y, total = moved(source, source.detach())
+        (y.square().sum() + total.sum()).backward()
+        gradients.append([part.cpu() for part in (source.grad, *(p.grad for p in moved.parameters()))])
+    for mine, wanted in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_is_as_with_torch() -> None:
+    x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    for mine, theirs in ((RMSNorm(64), nn.RMSNorm(64)), (LayerNorm(64), nn.LayerNorm(64))):
+        with torch.autocast("cuda", torch.bfloat16):
+            y, wanted = mine.cuda()(x), theirs.cuda()(x)
+        assert y.dtype == wanted.dtype == torch.float32
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_graphs_and_compilation() -> None:
+    model = Block(LlamaNorm(64)).cuda().bfloat16()
+    lowbit_rs.quantize_model(model, fuse_norms=True, progress=False)
+    norm, x = model.norm, torch.randn(4, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        wanted = norm(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = norm(x)
+        x.copy_(-x)
+        graph.replay()
+        assert torch.equal(y, -wanted)
+        compiled = torch.compile(norm, fullgraph=True)
+        assert torch.equal(compiled(x), -wanted)
+
+
+def test_devices_must_agree() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(lowbit_rs.InvalidArgument, match="weight: got a tensor on cuda:0"):
+        RMSNorm(8).cuda()(x)
+    with pytest.raises(lowbit_rs.InvalidArgument, match="residual: got a tensor on cpu"):
+        RMSNorm(8).cuda()(x.cuda(), x)
+
+
+def test_a_million_rows() -> None:
+    """More rows than blocks walk at once where vectors cannot be moved, and many that share a block."""
+    for width in (3, 8):
+        x: Tensor = torch.randn((1 << 20) + 5, width, device="cuda")
+        assert_exact(normalize(x, None, None, None, NormKind(1e-6))[0], x, None, None, NormKind(1e-6))
