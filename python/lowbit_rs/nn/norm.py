@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowbit_rs._backends import backend_of
 from lowbit_rs._norm_ops import NormKind, check_norm
 from lowbit_rs.errors import invalid
-from lowbit_rs.functional import _unwatched
+from lowbit_rs.functional import is_unwatched
 
 #: What torch adds where RMSNorm has eps=None, for every dtype that is computed in fp32.
 _DEFAULT_EPS = torch.finfo(torch.float32).eps
@@ -26,7 +26,7 @@ def normalize(
     All are of one dtype: float32, float16 or bfloat16, with sums in fp32. ``weight`` and ``bias`` [K] may have another
     of these. Raises InvalidArgument for shapes, dtypes and devices that do not go together.
     """
-    watched = not (_unwatched(x, weight) and _unwatched(x if residual is None else residual, bias))
+    watched = not (is_unwatched(x, weight) and is_unwatched(x if residual is None else residual, bias))
     if not torch.compiler.is_compiling() and not watched:
         check_norm(x, residual, weight, bias)
         return backend_of(x.device).norm(x, residual, weight, bias, kind)
