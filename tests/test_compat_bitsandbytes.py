@@ -174,18 +174,15 @@ class TestAgainstTheInstalledOne:
         assert torch.equal(product, theirs.int8_linear_matmul(a[0], b[0]))
         bias = torch.randn(8).half()
         for addend in (None, bias):
-            assert torch.equal(
-                F.int8_mm_dequant(product, a[1], b[1], bias=addend),
-                theirs.int8_mm_dequant(product, a[1], b[1], bias=addend),
-            )
+            mine, other = (f.int8_mm_dequant(product, a[1], b[1], bias=addend) for f in (F, theirs))
+            assert torch.equal(mine, other)
         assert torch.equal(F.int8_vectorwise_dequant(*b[:2]), theirs.int8_vectorwise_dequant(*b[:2]))
 
     @pytest.mark.parametrize("kind", ["LinearNF4", "LinearFP4", "Linear8bitLt"])
     def test_state_dicts_are_each_others(self, kind: str, original: Any) -> None:
         options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
         x = torch.randn(3, 128)
-        mine = getattr(bnb.nn, kind)(128, 8, **options)
-        theirs = getattr(original.nn, kind)(128, 8, **options)
+        mine, theirs = (getattr(package.nn, kind)(128, 8, **options) for package in (bnb, original))
         theirs.load_state_dict(mine.state_dict())
         theirs = theirs.to("cpu")
         state = theirs.state_dict()
@@ -195,9 +192,9 @@ class TestAgainstTheInstalledOne:
             assert "quant_state" in key or torch.equal(tensor, state[key]), key
         plain = nn.Linear(128, 8)
         plain.load_state_dict({"weight": decoded(mine), "bias": mine.bias.data})
-        # Activations of 8-bit layers are rounded to 254 steps from -absmax to absmax, by half a step at most.
-        step = x.abs().amax(1, keepdim=True) / 127 if kind == "Linear8bitLt" else torch.zeros(len(x), 1)
-        bound = step / 2 * plain.weight.abs().sum(1) + 1e-5 * (1 + plain(x).abs())
+        # 8-bit layers round activations, by half a step of absmax / 127 at most.
+        half = x.abs().amax(1, keepdim=True) / 254 * (kind == "Linear8bitLt")
+        bound = half * plain.weight.abs().sum(1) + 1e-5 * (1 + plain(x).abs())
         assert bool(((mine(x) - plain(x)).abs() <= bound).all())
 
 

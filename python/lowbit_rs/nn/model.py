@@ -98,8 +98,7 @@ def quantize_model(
     report = Report(scheme=_check_options(options, of_products))
     if isinstance(model, nn.Linear | nn.Embedding):
         raise invalid("model", type(model).__name__, "a module that contains layers; pack one by from_linear")
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    names = choose(model, skip, embeddings, report)
+    names = choose(model, skip := _patterns(skip), embeddings, report)
     _check_values(model, names, device)
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
@@ -108,6 +107,10 @@ def quantize_model(
     if not report.rows and not report.fused_norms:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
+
+
+def _patterns(skip: Iterable[str]) -> tuple[str, ...]:
+    return (skip,) if isinstance(skip, str) else tuple(skip)
 
 
 def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> list[str]:
