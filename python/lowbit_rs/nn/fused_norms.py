@@ -57,7 +57,7 @@ def fused(module: nn.Module) -> _Norm | str:
         return f"{type(module).__name__} computes none of the norms that there are kernels for"
     is_torchs = isinstance(module, nn.LayerNorm | nn.RMSNorm)
     new = from_parts(kind, weight, bias, module.normalized_shape if is_torchs else None)
-    new.casts_under_autocast = is_torchs
+    new.casts_under_autocast = is_torchs and new.casts_under_autocast
     new.train(module.training)
     return new
 

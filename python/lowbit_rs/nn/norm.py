@@ -26,8 +26,8 @@ def normalize(
     All are of one dtype: float32, float16 or bfloat16, with sums in fp32. ``weight`` and ``bias`` [K] may have another
     of these. Raises InvalidArgument for shapes, dtypes and devices that do not go together.
     """
-    watched = not (is_unwatched(x, weight) and is_unwatched(x if residual is None else residual, bias))
-    if not torch.compiler.is_compiling() and not watched:
+    other = x if residual is None else residual
+    if not torch.compiler.is_compiling() and is_unwatched(x, weight) and is_unwatched(other, bias):
         check_norm(x, residual, weight, bias)
         return backend_of(x.device).norm(x, residual, weight, bias, kind)
     if residual is None:
@@ -45,7 +45,7 @@ class _Norm(nn.Module):
     unit_offset = False
     cast_before_weight = False
     #: Whether autocast on CUDA makes x float32, as it does with torch's modules of these names.
-    casts_under_autocast = True
+    casts_under_autocast: bool
 
     @property
     def kind(self) -> NormKind:
@@ -117,6 +117,8 @@ class RMSNorm(_Norm, nn.RMSNorm):
     Raises InvalidArgument for other dtypes, and for shapes and devices that do not go together.
     """
 
+    casts_under_autocast = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -140,6 +142,8 @@ class LayerNorm(_Norm, nn.LayerNorm):
     ``forward(x)``, ``forward(x, residual)``, ``unit_offset`` and errors are as in :class:`RMSNorm`, the other arguments
     as in torch.
     """
+
+    casts_under_autocast = True
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 pub struct Norm {
     /// What is added to the mean square.
     pub eps: f32,
-    /// `LayerNorm`: the mean is subtracted. It is zero in RMSNorm.
+    /// `LayerNorm`: the mean is subtracted. It is zero in `RMSNorm`.
     pub is_centered: bool,
     /// Gemma: the factor is `1 + weight`.
     pub has_unit_offset: bool,
@@ -17,12 +17,12 @@ pub struct Norm {
 
 impl Norm {
     /// What is added to the weight.
-    pub(crate) fn offset(&self) -> f32 {
+    pub(crate) fn offset(self) -> f32 {
         if self.has_unit_offset { 1.0 } else { 0.0 }
     }
 
     /// Refuses what no kernel does.
-    pub(crate) fn check(&self) -> Result<()> {
+    pub(crate) fn check(self) -> Result<()> {
         if self.is_centered && self.rounds_normalized {
             return Err(Error::invalid("norm", "a centered one that rounds before it multiplies", "one of the two"));
         }

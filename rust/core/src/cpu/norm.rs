@@ -100,7 +100,9 @@ fn widened(
     }
     let mut wide = vec![0.0; cols];
     with_floats!(values, Floats, from => dispatch(isa, Widen { from, to: &mut wide }));
-    wide.iter_mut().for_each(|value| *value += offset);
+    for value in &mut wide {
+        *value += offset;
+    }
     Ok(Some(wide))
 }
 
@@ -123,13 +125,13 @@ type TypedResidual<'a, T> = (&'a [T], usize, &'a mut [T]);
 
 /// A dtype's own slices out of those of any.
 trait Typed: Element {
-    fn of<'a>(residual: Residual<'a>) -> TypedResidual<'a, Self>;
+    fn of(residual: Residual<'_>) -> TypedResidual<'_, Self>;
 }
 
 macro_rules! typed {
     ($($element:ty, $variant:ident);*) => { $(
         impl Typed for $element {
-            fn of<'a>(residual: Residual<'a>) -> TypedResidual<'a, Self> {
+            fn of(residual: Residual<'_>) -> TypedResidual<'_, Self> {
                 match (residual.rows.values, residual.total) {
                     (Floats::$variant(rows), FloatsMut::$variant(total)) => (rows, residual.rows.stride, total),
                     _ => unreachable!("norm compared the dtypes"),
