@@ -12,6 +12,8 @@ import torch
 
 import lowbit_rs
 from lowbit_rs._backends import cuda
+from lowbit_rs._norm_ops import NormKind
+from lowbit_rs.nn.norm import normalize
 
 _WEIGHTS: tuple[dict[str, Any], ...] = (
     {},
@@ -47,6 +49,7 @@ def main() -> None:
             assert torch.equal(layer(indices.cuda()).cpu(), same.dequantize()[indices])
     _int8()
     _experts()
+    _norms()
     torch.cuda.synchronize()
 
 
@@ -79,6 +82,21 @@ def _experts() -> None:
             parts = zip(x[:-1].float().split(counts), matrices, strict=True)
             wanted = torch.cat([*(part @ matrix.T for part, matrix in parts), torch.zeros(1, 130)])
             torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-1)
+
+
+def _norms() -> None:
+    """Normalizes rows by every kernel and compares with the CPU."""
+    kinds = (NormKind(1e-5), NormKind(1e-5, cast_before_weight=True), NormKind(1e-5, centered=True, unit_offset=True))
+    widths = (72, 256, 512, 1000, 2048, 4096, 8192, 16384, 75)
+    for kind, width, dtype in product(kinds, widths, (torch.float32, torch.bfloat16)):
+        x, residual = torch.randn(5, width).to(dtype), torch.randn(5, width).to(dtype)
+        weight = torch.randn(width)
+        y, total = normalize(x.cuda(), residual.cuda(), weight.cuda(), weight.to(dtype).cuda(), kind)
+        wanted, same = normalize(x, residual, weight, weight.to(dtype), kind)
+        assert total is not None
+        assert same is not None
+        assert torch.equal(total.cpu(), same)
+        torch.testing.assert_close(y.cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 
 if __name__ == "__main__":
