@@ -67,11 +67,10 @@ const CALL_US: f32 = 9.5;
 const ROUNDED_BYTES: f32 = 2.5e6;
 const FLOAT_BYTES: f32 = 4.3e6;
 const FLOAT_PRODUCTS: f32 = 360e6;
-/// Microseconds in which a weight is unpacked for a product of floats. With kernels that take more tokens beside weights as
-/// they are, this is 0, and rounding begins to pay later.
+/// Microseconds in which a weight is unpacked for a product of floats.
 const UNPACKED_US: f32 = 1.2e-6;
-/// The fewest tokens that are worth rounding: with fewer, reading the weight takes the time.
-const LEAST_TOKENS: usize = 32;
+/// The fewest tokens that are worth rounding: up to 64, `linear_batch` takes less time with the weight as it is.
+const LEAST_TOKENS: usize = 128;
 
 impl Product {
     fn groups(&self, capability: Capability) -> usize {
@@ -106,7 +105,7 @@ pub(super) fn pays_from(layout: &Layout, capability: Capability) -> Option<usize
         let floats = (2.0 * rows * cols / FLOAT_BYTES).max(count * rows * cols / FLOAT_PRODUCTS);
         rounded < floats + UNPACKED_US * rows * cols
     };
-    (0..10).map(|doubled| LEAST_TOKENS << doubled).find(pays)
+    (0..8).map(|doubled| LEAST_TOKENS << doubled).find(pays)
 }
 
 /// Names of all kernels.
@@ -173,7 +172,7 @@ mod tests {
     #[test]
     fn large_products_are_worth_rounding() {
         for (rows, cols, from) in
-            [(4096, 4096, Some(32)), (14336, 4096, Some(32)), (8192, 28672, Some(32)), (64, 256, None)]
+            [(4096, 4096, Some(128)), (14336, 4096, Some(128)), (8192, 28672, Some(128)), (64, 256, None)]
         {
             assert_eq!(pays_from(&layout(rows, cols), HOPPER), from, "{rows} x {cols}");
         }

@@ -80,7 +80,7 @@ impl Rows<'_> {
         let last = self.count - 1;
         assert!(whole + rest.min(1) <= GROUPS && panel.len() >= PARTS * part_lines);
         assert!(self.codes.len() >= last * self.row_bytes + self.chunk_bytes);
-        assert!(self.scales.len() >= last * self.blocks + self.block_of[2 * GROUPS - 1] + 1);
+        assert!(self.scales.len() > last * self.blocks + self.block_of[2 * GROUPS - 1]);
         assert!(!SHIFTED || self.shifts.len() >= self.scales.len());
         for index in 0..tiles * ROWS {
             let row = index.min(last);
