@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lowbit_rs
 from lowbit_rs._backends import cuda
@@ -43,7 +44,7 @@ def main() -> None:
                 x = torch.randn(tokens, cols).to(dtype)
                 y = lowbit_rs.linear(x.cuda(), packed, torch.ones(rows).cuda()).cpu()
                 wanted = lowbit_rs.linear(x, same, torch.ones(rows))
-                torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-1)
+                assert _distance(y, wanted) < 2e-2, (options, rows, cols, dtype, tokens)
             indices = torch.tensor([rows - 1, 0, 2])
             layer = lowbit_rs.QuantEmbedding.from_packed(packed)
             assert torch.equal(layer(indices.cuda()).cpu(), same.dequantize()[indices])
@@ -51,6 +52,10 @@ def main() -> None:
     _experts()
     _norms()
     torch.cuda.synchronize()
+
+
+def _distance(y: Tensor, wanted: Tensor) -> float:
+    return float((y.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def _int8() -> None:
@@ -66,7 +71,7 @@ def _int8() -> None:
             cuda.round_rows(x, threshold)
             y = lowbit_rs.linear(x, packed.to("cuda"), activation="int8", threshold=threshold).float().cpu()
             wanted = x.cpu().float() @ packed.dequantize().T
-            assert float((y - wanted).norm() / wanted.norm()) < 2e-2
+            assert _distance(y, wanted) < 2e-2, (rows, cols, dtype, outliers)
 
 
 def _experts() -> None:
@@ -81,7 +86,7 @@ def _experts() -> None:
             y = torch.ops.lowbit_rs.linear_grouped(x.cuda(), torch.tensor(counts).cuda(), *arguments).cpu()
             parts = zip(x[:-1].float().split(counts), matrices, strict=True)
             wanted = torch.cat([*(part @ matrix.T for part, matrix in parts), torch.zeros(1, 130)])
-            torch.testing.assert_close(y.float(), wanted, rtol=2e-2, atol=2e-1)
+            assert _distance(y, wanted) < 2e-2, (options, counts)
 
 
 def _norms() -> None:
