@@ -68,7 +68,7 @@ def quantize_model(
 ) -> Report:
     """Replaces the nn.Linear layers of ``model`` by QuantLinear, in place and one by one.
 
-    Experts of a mixture, 3-D parameters in transformers, become QuantExperts. Options are those of :func:`quantize`, and
+    Experts of a mixture, 3-D parameters in transformers, become QuantExperts. Options: those of :func:`quantize`, and
     - ``skip``: names of layers to leave alone: a dotted name that is equal to the layer's, or its beginning or end in
       whole components ("lm_head" skips "model.lm_head"), or a pattern with ``*``, ``?`` or ``[...]`` for all of it;
     - ``embeddings``: also replaces nn.Embedding by QuantEmbedding; ``progress``: shows a progress bar;
