@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from arguments import numbers, shapes
 from bitsandbytes_layers import MissingError
 from environment import save
 from llama_layers import LlamaLinear
@@ -181,8 +182,8 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 def _arguments() -> argparse.Namespace:
     names = "; ".join(rival.name for rival in RIVALS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", type=_shapes, default=_shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
-    parser.add_argument("--tokens", type=_tokens, default=_tokens(_TOKENS), help=f"M; by default {_TOKENS}")
+    parser.add_argument("--shapes", type=shapes, default=shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
+    parser.add_argument("--tokens", type=numbers, default=numbers(_TOKENS), help=f"M; by default {_TOKENS}")
     parser.add_argument(
         "--rivals", type=_rivals, default=list(RIVALS), help=f"apart by semicolons; by default all: {names}"
     )
@@ -198,15 +199,6 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.repeats, arguments.shapes = 10, arguments.shapes[:1]
     return arguments
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    pairs = (part.split("x") for part in text.split(","))
-    return [(int(n), int(k)) for n, k in pairs]
-
-
-def _tokens(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _rivals(text: str) -> list[Rival]:

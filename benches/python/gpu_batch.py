@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from arguments import numbers, parse_for_gpu, shapes
 from bitsandbytes_layers import MissingError, four_bit
 from environment import save
 from gpu_timing import copies_for, graph_seconds
@@ -219,23 +220,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", type=_shapes, default=_shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
-    parser.add_argument("--tokens", type=_tokens, default=_tokens(_TOKENS), help=f"M; by default {_TOKENS}")
+    parser.add_argument("--shapes", type=shapes, default=shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
+    parser.add_argument("--tokens", type=numbers, default=numbers(_TOKENS), help=f"M; by default {_TOKENS}")
     parser.add_argument("--formats", type=_names, default=list(_FORMATS), help=f"by default {','.join(_FORMATS)}")
-    parser.add_argument("--sweep", type=_shapes, default=_shapes(_SWEEP), help=f"N x K; by default {_SWEEP}")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_batch: torch finds no GPU\n")
-    return arguments
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    pairs = (part.split("x") for part in text.split(",") if part)
-    return [(int(n), int(k)) for n, k in pairs]
-
-
-def _tokens(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    parser.add_argument("--sweep", type=shapes, default=shapes(_SWEEP), help=f"N x K; by default {_SWEEP}")
+    return parse_for_gpu(parser)
 
 
 def _names(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import lowbit_rs
+from arguments import numbers, parse_for_gpu
 from bitsandbytes_layers import MissingError, four_bit
 from environment import save
 from gpu_timing import eager_seconds, graph_seconds
@@ -155,12 +156,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16])
+    parser.add_argument("--batches", type=numbers, default=[1, 16])
     parser.add_argument("--settings", type=lambda text: text.split(","), default=list(_SETTINGS))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_decode_step: torch finds no GPU\n")
-    return arguments
+    return parse_for_gpu(parser)
 
 
 if __name__ == "__main__":

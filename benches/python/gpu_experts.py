@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import lowbit_rs
+from arguments import numbers, parse_for_gpu
 from environment import save
 from gpu_timing import copies_for, graph_seconds
 
@@ -29,12 +30,8 @@ _FORMATS: dict[str, dict[str, Any]] = {"nf4": {}, "nf4-dq": {"double_quant": Tru
 def main() -> None:
     """Measure, print a table, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--tokens", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16, 64, 512, 2048]
-    )
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_experts: torch finds no GPU\n")
+    parser.add_argument("--tokens", type=numbers, default=[1, 16, 64, 512, 2048])
+    arguments = parse_for_gpu(parser)
     rows = [row for tokens in arguments.tokens for row in measure(tokens)]
     table = Table(*("tokens", "experts with rows", "way", "us", "torch's best / this"))
     for row in rows:

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from arguments import numbers, parse_for_gpu, shapes
 from bitsandbytes_layers import MissingError, bitsandbytes
 from environment import save
 from gpu_timing import copies_for, eager_seconds, graph_seconds
@@ -197,22 +198,10 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", type=_shapes, default=_shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
-    parser.add_argument("--tokens", type=_tokens, default=_tokens(_TOKENS), help=f"M; by default {_TOKENS}")
+    parser.add_argument("--shapes", type=shapes, default=shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
+    parser.add_argument("--tokens", type=numbers, default=numbers(_TOKENS), help=f"M; by default {_TOKENS}")
     parser.add_argument("--eager", action="store_true", help="also times eager calls")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_int8: torch finds no GPU\n")
-    return arguments
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    pairs = (part.split("x") for part in text.split(","))
-    return [(int(n), int(k)) for n, k in pairs]
-
-
-def _tokens(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return parse_for_gpu(parser)
 
 
 if __name__ == "__main__":

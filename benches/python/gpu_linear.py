@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from arguments import numbers, parse_for_gpu, shapes
 from bitsandbytes_layers import MissingError, four_bit, stored_parts
 from environment import save
 from gpu_timing import copies_for, eager_seconds, fixed_seconds, graph_seconds, read_bandwidth
@@ -205,23 +206,11 @@ def _table(rows: list[dict[str, Any]], title: str, key: str) -> Table:
 def _arguments() -> argparse.Namespace:
     names = ", ".join(rival.name for rival in RIVALS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", type=_shapes, default=_shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
-    parser.add_argument("--tokens", type=_tokens, default=_tokens(_TOKENS), help=f"M; by default {_TOKENS}")
+    parser.add_argument("--shapes", type=shapes, default=shapes(_SHAPES), help=f"N x K; by default {_SHAPES}")
+    parser.add_argument("--tokens", type=numbers, default=numbers(_TOKENS), help=f"M; by default {_TOKENS}")
     parser.add_argument("--rivals", type=_rivals, default=list(RIVALS), help=f"by semicolons; by default all: {names}")
     parser.add_argument("--no-eager", dest="eager", action="store_false", help="CUDA graphs alone")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_linear: torch finds no GPU\n")
-    return arguments
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    pairs = (part.split("x") for part in text.split(","))
-    return [(int(n), int(k)) for n, k in pairs]
-
-
-def _tokens(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return parse_for_gpu(parser)
 
 
 def _rivals(text: str) -> list[Rival]:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from arguments import numbers, parse_for_gpu
 from bitsandbytes_layers import MissingError
 from environment import save
 from gpu_decode_step import bitsandbytes, decode_step, lowbit, make_model, nothing
@@ -108,18 +109,12 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _arguments() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batches", type=numbers, default=[1, 16, 64])
     parser.add_argument("--prompts", type=numbers, default=[512, 2048, 8192])
     parser.add_argument("--settings", type=lambda text: text.split(","), default=list(_SETTINGS))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_llm: torch finds no GPU\n")
-    return arguments
+    return parse_for_gpu(parser)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,11 @@ Reads benches/results/gpu_llm.json; writes <out>-light.png and <out>-dark.png.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-from environment import RESULTS
-
-mpl.use("agg")
-
 from matplotlib import pyplot as plt
+
+from panels import Colors, draw_themes, dress, label
 
 _COLORS = {
     "bf16": "#8c8c8c",
@@ -28,41 +21,26 @@ _COLORS = {
     "nf4-dq": "#8a6fb8",
 }
 _PANELS = {"decode": "decoding, CUDA graph", "prompt": "prompt, eager"}
-_THEMES = {"light": ("white", "#222222"), "dark": ("#0d1117", "#e6e6e6")}
 
 
 def main() -> None:
     """Draw both themes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/gpu-llm"))
-    arguments = parser.parse_args()
-    results = json.loads((RESULTS / "gpu_llm.json").read_text(encoding="utf-8"))
-    for theme, colors in _THEMES.items():
-        path = arguments.out.with_name(f"{arguments.out.name}-{theme}.png")
-        draw(results, colors, path)
-        print(f"wrote {path}")
+    draw_themes(__doc__, "gpu_llm", "docs/gpu-llm", draw)
 
 
-def draw(results: dict[str, Any], colors: tuple[str, str], path: Path) -> None:
+def draw(results: dict[str, Any], colors: Colors) -> Any:
     """A panel for decoding and one for prompts: a group of bars for each number of tokens."""
     background, ink = colors
     figure, axes = plt.subplots(1, len(_PANELS), figsize=(10, 3.6), facecolor=background)
     for axis, (kind, title) in zip(axes, _PANELS.items(), strict=True):
         _draw_panel(axis, [row for row in results["rows"] if row["kind"] == kind])
-        axis.set_title(title, color=ink, fontsize=10)
-        axis.set_facecolor(background)
-        axis.tick_params(colors=ink, labelsize=8)
-        for spine in axis.spines.values():
-            spine.set_color(ink)
+        dress(axis, title, colors, 8)
     axes[0].set_xlabel("sequences", color=ink, fontsize=9)
     axes[1].set_xlabel("tokens of the prompt", color=ink, fontsize=9)
-    axes[0].set_ylabel("tokens / s", color=ink, fontsize=9)
-    axes[0].legend(fontsize=7, labelcolor=ink, facecolor=background, edgecolor=ink)
-    title = f"Llama-2-7B's shape, random weights, transformers, {results['device']}"
-    figure.suptitle(title, color=ink, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, facecolor=background)
-    plt.close(figure)
+    label(
+        figure, axes[0], f"Llama-2-7B's shape, random weights, transformers, {results['device']}", "tokens / s", colors
+    )
+    return figure
 
 
 def _draw_panel(axis: Any, rows: list[dict[str, Any]]) -> None:

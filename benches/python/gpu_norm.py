@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from arguments import parse_for_gpu
 from environment import save
 from gpu_timing import copy_bandwidth, graph_seconds
 from lowbit_rs.nn import LayerNorm, RMSNorm
@@ -125,10 +126,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16")
     parser.add_argument("--widths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 4096])
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_norm: torch finds no GPU\n")
-    return arguments
+    return parse_for_gpu(parser)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lowbit_rs
+from arguments import parse_for_gpu
 from bitsandbytes_layers import MissingError, bitsandbytes
 from environment import save
 from gpu_timing import copies_for, copy_bandwidth, eager_seconds, graph_seconds
@@ -103,10 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", type=_shape, default=(14336, 8192), help="N x K; by default 14336x8192")
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the weight")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(0, "gpu_packing: torch finds no GPU\n")
-    return arguments
+    return parse_for_gpu(parser)
 
 
 def _shape(text: str) -> tuple[int, int]:

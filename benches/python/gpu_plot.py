@@ -7,56 +7,32 @@ Reads benches/results/gpu_linear.json; writes <out>-light.png and <out>-dark.png
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-
-from environment import RESULTS
-
-mpl.use("agg")
 
 from matplotlib import pyplot as plt
 
+from panels import Colors, draw_themes, dress, label
+
 _RIVALS = {"torch bf16": "#8c8c8c", "bitsandbytes nf4": "#d98c3f", "tinygemm int4-64": "#6a9fd4", "nf4": "#2a9d6f"}
 _TOKENS = (1, 8, 16)
-_THEMES = {"light": ("white", "#222222"), "dark": ("#0d1117", "#e6e6e6")}
 
 
 def main() -> None:
     """Draw both themes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("docs/gpu-linear"))
-    arguments = parser.parse_args()
-    results = json.loads((RESULTS / "gpu_linear.json").read_text(encoding="utf-8"))
-    for theme, colors in _THEMES.items():
-        path = arguments.out.with_name(f"{arguments.out.name}-{theme}.png")
-        draw(results, colors, path)
-        print(f"wrote {path}")
+    draw_themes(__doc__, "gpu_linear", "docs/gpu-linear", draw)
 
 
-def draw(results: dict[str, Any], colors: tuple[str, str], path: Path) -> None:
+def draw(results: dict[str, Any], colors: Colors) -> Any:
     """One panel for each number of tokens, a group of bars for each shape, a line where the memory's roof is."""
-    background, ink = colors
     cells = {(row["rival"], tuple(row["shape"]), row["tokens"]): row for row in results["rows"]}
     shapes = sorted({tuple(row["shape"]) for row in results["rows"]}, key=lambda shape: shape[0] * shape[1])
     tokens = [count for count in _TOKENS if any(key[2] == count for key in cells)]
-    figure, axes = plt.subplots(1, len(tokens), figsize=(4.2 * len(tokens), 3.6), facecolor=background, squeeze=False)
+    figure, axes = plt.subplots(1, len(tokens), figsize=(4.2 * len(tokens), 3.6), facecolor=colors[0], squeeze=False)
     for axis, count in zip(axes[0], tokens, strict=True):
         _draw_panel(axis, cells, shapes, count)
-        axis.set_title(f"{count} token{'s' if count > 1 else ''}", color=ink, fontsize=10)
-        axis.set_facecolor(background)
-        axis.tick_params(colors=ink, labelsize=7)
-        for spine in axis.spines.values():
-            spine.set_color(ink)
-    axes[0][0].set_ylabel("microseconds", color=ink, fontsize=9)
-    axes[0][0].legend(fontsize=7, labelcolor=ink, facecolor=background, edgecolor=ink)
-    figure.suptitle(f"x @ W.T on an {results['device']}, W [N, K] in memory", color=ink, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, facecolor=background)
-    plt.close(figure)
+        dress(axis, f"{count} token{'s' if count > 1 else ''}", colors, 7)
+    label(figure, axes[0][0], f"x @ W.T on an {results['device']}, W [N, K] in memory", "microseconds", colors)
+    return figure
 
 
 def _draw_panel(axis: Any, cells: dict[Any, Any], shapes: list[Any], tokens: int) -> None:
