@@ -90,11 +90,11 @@ class Product {
   __device__ __forceinline__ void run() {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(full(stage), 1);
-        barrier_init(empty(stage), 2 * kCluster);
+        init_barrier(full(stage), 1);
+        init_barrier(empty(stage), 2 * kCluster);
       }
-      barrier_init(side_full(), kGatherers);
-      barrier_init(side_empty(), 2);
+      init_barrier(side_full(), kGatherers);
+      init_barrier(side_empty(), 2);
       barrier_init_done();
     }
     kCluster == 1 ? __syncthreads() : cluster_sync();
@@ -189,8 +189,8 @@ class Product {
         barrier_wait(side_empty(), parity);
         if (filling == 0) gather_columns(t, thread);
         if (outliers_ > 0) gather_outliers(t, filling * kChunk, thread);
-        publish_stores();
-        barrier_arrive(side_full());
+        publish_to_products();
+        arrive(side_full());
       }
     }
   }
@@ -266,12 +266,12 @@ class Product {
       for (int i = 1; i < steps_; ++i) {
         barrier_wait(full(stage), parity);
         add_stage(stage, group, sums, true);
-        products_wait<1>();
+        wait_for_products<1>();
         release(last, thread);
         last = stage;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      products_wait<0>();
+      wait_for_products<0>();
       release(last, thread);
       scale_rows(token, sums);
       for (int i = 0; i < side_steps_; ++i) {
@@ -288,10 +288,10 @@ class Product {
     const uint32_t from = ring_ + stage * kStageBytes;
     const uint64_t x = operand_of_128(from + 64 * group * kStageRow);
     const uint64_t w = operand_of_128(from + kTileTokens * kStageRow);
-    products_begin();
+    begin_products();
 #pragma unroll
     for (int k = 0; k < kStageRow / 32; ++k) Products<kN>::add(sums, x + 2 * k, w + 2 * k, is_sum || k > 0);
-    products_commit();
+    end_products();
   }
 
   // Adds so many columns of outliers at most.
@@ -300,11 +300,11 @@ class Product {
     const uint64_t x = operand_of_128(from + 64 * group * kStageRow);
     const uint64_t w = operand_of_128(from + kTileTokens * kStageRow);
     const int count = min((columns + 15) / 16, kStageColumns / 16);
-    products_begin();
+    begin_products();
 #pragma unroll 1
     for (int k = 0; k < count; ++k) Products<kN>::add(y, x + 2 * k, w + 2 * k, Number());
-    products_commit();
-    products_wait<0>();
+    end_products();
+    wait_for_products<0>();
   }
 
   // int32 to fp32, times the scales of rows. In place: two sets of sums would not fit the registers.
@@ -320,7 +320,7 @@ class Product {
   // The stage may be filled again, as far as this warp group is concerned: all blocks that copy to it are told.
   __device__ __forceinline__ void release(int stage, int thread) const {
     if (kCluster == 1) {
-      if (thread == 0) barrier_arrive(empty(stage));
+      if (thread == 0) arrive(empty(stage));
     } else if (thread < kCluster) {
       barrier_arrive_at(empty(stage), thread);
     }
@@ -335,13 +335,13 @@ class Product {
         const uint32_t from = ring_ + side_;
         const uint64_t x = operand_of_64(from + 64 * group * kSideRow);
         const uint64_t w = operand_of_64(from + kTileTokens * kSideRow);
-        products_begin();
+        begin_products();
         Products<kN>::add(y, x, w, Number());
         Products<kN>::add(y, x + 2, w + 2, Number());
-        products_commit();
-        products_wait<0>();
+        end_products();
+        wait_for_products<0>();
       }
-      if (filling + 1 < all && thread == 0) barrier_arrive(side_empty());
+      if (filling + 1 < all && thread == 0) arrive(side_empty());
     }
     const float* columns = reinterpret_cast<const float*>(generic_ + columns_) + thread % 4 * 2;
 #pragma unroll
@@ -356,7 +356,7 @@ class Product {
     }
     // All threads of the group have read the columns.
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-    if (thread == 0) barrier_arrive(side_empty());
+    if (thread == 0) arrive(side_empty());
     store_rows(t, token, thread, y);
   }
 

@@ -1,26 +1,20 @@
-// Hopper's matrix units, the copies that feed them, and the barriers between the two. PTX ISA: wgmma,
-// cp.async.bulk.tensor, mbarrier.
+// What products of int8 ask of Hopper beside wgmma.cuh and mbarrier.cuh: copies by tensor maps, barriers of a cluster, products of
+// int8. PTX ISA: wgmma, cp.async.bulk.tensor, mbarrier.
 #pragma once
 
 #include <cstdint>
 
+#include "mbarrier.cuh"
 #include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace lowbit {
 
-// ---- barriers in shared memory, by address
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
+// ---- barriers that other blocks of a cluster and copies arrive at
 
 // Makes initialized barriers visible to the cluster and to copies.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives at the barrier with this address in block `rank` of the cluster.
@@ -40,7 +34,7 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase with this parity.
+// Waits for the end of the phase with this parity, and sees what other blocks of the cluster wrote before.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -63,9 +57,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-
-// Makes this thread's stores to shared memory visible to matrix units and copies.
-__device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- copies of boxes of a matrix, by a tensor map
 
@@ -108,14 +99,6 @@ __device__ __forceinline__ uint64_t operand_of_128(uint32_t address) {
 }
 __device__ __forceinline__ uint64_t operand_of_64(uint32_t address) {
   return uint64_t{2} << 62 | uint64_t{512 >> 4} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
-}
-
-// Before the first product, and where its registers were written otherwise.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Of int8 into int32, or of 16-bit floats into fp32, whose bits then stand in the same registers: so that sums of one

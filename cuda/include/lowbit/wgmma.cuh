@@ -4,13 +4,7 @@
 
 #include "ptx.cuh"
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define LOWBIT_HAS_WGMMA 1
-
 namespace lowbit {
-
-// What was written to shared memory before becomes visible to products that follow the next barrier.
-__device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Registers written before may be read by the products that follow.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -23,6 +17,16 @@ template <int kPending>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+
+}  // namespace lowbit
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LOWBIT_HAS_WGMMA 1
+
+namespace lowbit {
+
+// What was written to shared memory before becomes visible to products that follow the next barrier.
+__device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The compiler does not see when products write their sums: it must not move reads or writes of them over this place.
 __device__ __forceinline__ void keep_in_registers(float (&d)[4]) {
