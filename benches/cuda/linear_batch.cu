@@ -1,7 +1,8 @@
-// Checks linear_batch against fp64 and times it: nvcc -std=c++17 -O3 -I cuda/include
+// Checks linear_batch against fp64 and times it: nvcc -std=c++17 -O3 -Xcompiler -fpermissive -I cuda/include
 // -gencode arch=compute_90a,code=sm_90a -o linear_batch benches/cuda/linear_batch.cu &&
 // ./linear_batch [check|time|profile|all] [part of a format's name]
-// With arch=compute_90,code=sm_90 the kernels use mma.sync, as on other GPUs.
+// With arch=compute_90,code=sm_90 the kernels use mma.sync, as on other GPUs. -rdc=true, in place of -fpermissive, costs the
+// products registers.
 //
 // Times are medians of CUDA-graph replays over weights that rotate through more than 300 MB: for every number of tokens of
 // a tile that is built, and for one CTA a tile ("whole") and as many as there are multiprocessors ("shared").
@@ -25,29 +26,17 @@ LOWBIT_BATCH(float16, 128, 1)
 LOWBIT_BATCH(float16, 256, 1)
 #endif
 
+#include "harness.cuh"
+
 namespace {
 
 using lowbit::BatchOperands;
 using lowbit::Dtype;
 using lowbit::Weight;
 
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
 constexpr size_t kPoolBytes = size_t{640} << 20;
 constexpr int kMaxTokens = 1024, kMaxWidth = 32768;
-// clang-format off
-constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                            -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                            0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                            0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-// clang-format on
+constexpr int kReplays = 7;
 
 struct Format {
   const char* name;
@@ -55,10 +44,6 @@ struct Format {
   int block_size;  // 0: a row
   Dtype scale_dtype;
   bool is_double, has_shift, is_integer;  // codebook 0..15 or -8..7 instead of NF4
-};
-
-struct Shape {
-  int rows, cols;
 };
 
 struct Kernel {
@@ -80,28 +65,6 @@ const Kernel kKernels[] = {
 int multiprocessors, most_shared;
 
 // ---- data
-
-__host__ __device__ uint32_t hash(uint32_t i, uint32_t seed) {
-  uint32_t x = i * 2654435761u + seed;
-  x ^= x >> 16, x *= 0x85ebca6bu, x ^= x >> 13, x *= 0xc2b2ae35u, x ^= x >> 16;
-  return x;
-}
-
-__global__ void fill_bytes(uint32_t* to, size_t words, uint32_t seed) {
-  const size_t step = size_t{gridDim.x} * blockDim.x;
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < words; i += step) {
-    to[i] = hash(static_cast<uint32_t>(i), seed);
-  }
-}
-
-// Uniform numbers from `low` to `low + width`.
-__global__ void fill_numbers(void* to, Dtype dtype, size_t count, float low, float width, uint32_t seed) {
-  const size_t step = size_t{gridDim.x} * blockDim.x;
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    lowbit::store(to, dtype, i,
-                  low + width * static_cast<float>(hash(static_cast<uint32_t>(i), seed) >> 8) / 16777216.0f);
-  }
-}
 
 struct Data {
   uint8_t *codes, *scales, *shifts;
@@ -146,7 +109,6 @@ struct Data {
 int blocks_per_row(const Format& f, const Shape& s) {
   return f.block_size == 0 ? 1 : (s.cols + f.block_size - 1) / f.block_size;
 }
-size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 size_t code_bytes(const Format& f, const Shape& s) { return size_t(s.rows) * s.cols * f.bits / 8; }
 
 Weight weight(const Data& d, const Format& f, const Shape& s, int copy) {
@@ -238,14 +200,6 @@ __global__ void multiply_in_fp64(Weight w, BatchOperands o, Dtype activation, do
   }
 }
 
-double as_double(uint16_t bits, Dtype dtype) {
-  if (dtype == Dtype::kFloat16) return __half2float(*reinterpret_cast<const __half*>(&bits));
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
 // 0 if a product is right and the same twice.
 int check(Data& d, const Kernel& kernel, const Format& f, const Shape& s, int tokens, int grid) {
   const Weight w = weight(d, f, s, 0);
@@ -308,42 +262,10 @@ int check_all(Data& d, const std::string& filter) {
 
 // ---- times
 
-// Median seconds of one of `count` launches in a graph.
-double seconds_of(const std::function<void(int, cudaStream_t)>& body, int count) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cudaEvent_t begin, end;
-  CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < count; ++i) body(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  std::vector<double> times;
-  for (int i = 0; i < 9; ++i) {
-    float milliseconds;
-    CHECK(cudaEventRecord(begin, stream));
-    CHECK(cudaGraphLaunch(executable, stream));
-    CHECK(cudaEventRecord(end, stream));
-    CHECK(cudaEventSynchronize(end));
-    CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (i > 1) times.push_back(milliseconds * 1e-3 / count);
-  }
-  std::sort(times.begin(), times.end());
-  CHECK(cudaGraphExecDestroy(executable));
-  CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaEventDestroy(begin));
-  CHECK(cudaEventDestroy(end));
-  CHECK(cudaStreamDestroy(stream));
-  return times[times.size() / 2];
-}
-
 double linear_seconds(const Data& d, const Kernel& kernel, const Format& f, const Shape& s, int tokens, int grid) {
   const int copies = static_cast<int>(std::min<size_t>(40, (size_t{400} << 20) / code_bytes(f, s) + 1));
   const Launch l = plan(d, kernel, f, s, tokens, grid, false);
-  return seconds_of([&](int i, cudaStream_t stream) { launch(l, weight(d, f, s, i), stream); }, copies);
+  return seconds_of([&](int i, cudaStream_t stream) { launch(l, weight(d, f, s, i), stream); }, copies, kReplays);
 }
 
 void time_all(Data& d, const std::string& filter) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../../cuda/linear_decode.cu"
+#include "harness.cuh"
 
 namespace {
 
@@ -22,23 +23,9 @@ using lowbit::DecodeOperands;
 using lowbit::Dtype;
 using lowbit::Weight;
 
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
 constexpr size_t kPoolBytes = size_t{768} << 20;
 constexpr double kRoofStart = 1.5e-6;
-// clang-format off
-constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-                            -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-                            0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-                            0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-// clang-format on
+constexpr int kReplays = 11;
 
 enum class Storage { kPlain, kDouble };
 
@@ -50,10 +37,6 @@ struct Format {
   Storage storage;
   bool has_shift;
   bool is_integer;  // codebook 0..15 or -8..7 instead of NF4
-};
-
-struct Shape {
-  int rows, cols;
 };
 
 using Kernel = void (*)(Weight, DecodeOperands);
@@ -129,28 +112,6 @@ void launch(const Launch& l, const Weight& w, DecodeOperands operands, cudaStrea
 
 // ---- data
 
-__host__ __device__ uint32_t hash(uint32_t i, uint32_t seed) {
-  uint32_t x = i * 2654435761u + seed;
-  x ^= x >> 16, x *= 0x85ebca6bu, x ^= x >> 13, x *= 0xc2b2ae35u, x ^= x >> 16;
-  return x;
-}
-
-__global__ void fill_bytes(uint32_t* to, size_t words, uint32_t seed) {
-  const size_t step = size_t{gridDim.x} * blockDim.x;
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < words; i += step) {
-    to[i] = hash(static_cast<uint32_t>(i), seed);
-  }
-}
-
-// Uniform numbers from `low` to `low + width`.
-__global__ void fill_numbers(void* to, Dtype dtype, size_t count, float low, float width, uint32_t seed) {
-  const size_t step = size_t{gridDim.x} * blockDim.x;
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    lowbit::store(to, dtype, i,
-                  low + width * static_cast<float>(hash(static_cast<uint32_t>(i), seed) >> 8) / 16777216.0f);
-  }
-}
-
 struct Data {
   uint8_t *codes, *numbers, *shifts;
   float *scale_2, *offset;
@@ -206,7 +167,6 @@ size_t weight_bytes(const Format& f, const Shape& s) {
   return code_bytes(f, s) + scale_bytes(f, s) + shift;
 }
 
-size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 Weight weight(const Data& d, const Format& f, const Shape& s, int copy) {
   Weight w = {};
@@ -263,14 +223,6 @@ __global__ void multiply_in_fp64(Weight w, DecodeOperands o, Dtype activation, d
   }
 }
 
-double as_double(uint16_t bits, bool is_bfloat16) {
-  if (!is_bfloat16) return __half2float(*reinterpret_cast<const __half*>(&bits));
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
 // Relative error (Frobenius) of one product; infinite where a result is not finite or was not written.
 double error_of(Data& d, const Format& f, const Shape& s, int tokens, bool is_bfloat16, int warps, bool is_dependent,
                 bool* is_same) {
@@ -291,7 +243,7 @@ double error_of(Data& d, const Format& f, const Shape& s, int tokens, bool is_bf
   *is_same = first == second;
   double error = 0.0, norm = 0.0;
   for (size_t i = 0; i < count; ++i) {
-    const double got = as_double(first[i], is_bfloat16);
+    const double got = as_double(first[i], activation);
     if (!std::isfinite(got)) return INFINITY;
     error += (got - expected[i]) * (got - expected[i]), norm += expected[i] * expected[i];
   }
@@ -299,38 +251,6 @@ double error_of(Data& d, const Format& f, const Shape& s, int tokens, bool is_bf
 }
 
 // ---- times
-
-// Median seconds of one of `count` launches in a graph.
-double seconds_of(const std::function<void(int, cudaStream_t)>& body, int count) {
-  cudaStream_t stream;
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cudaEvent_t begin, end;
-  CHECK(cudaStreamCreate(&stream));
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < count; ++i) body(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  std::vector<double> times;
-  for (int i = 0; i < 13; ++i) {
-    float milliseconds;
-    CHECK(cudaEventRecord(begin, stream));
-    CHECK(cudaGraphLaunch(executable, stream));
-    CHECK(cudaEventRecord(end, stream));
-    CHECK(cudaEventSynchronize(end));
-    CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (i > 1) times.push_back(milliseconds * 1e-3 / count);
-  }
-  std::sort(times.begin(), times.end());
-  CHECK(cudaGraphExecDestroy(executable));
-  CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaEventDestroy(begin));
-  CHECK(cudaEventDestroy(end));
-  CHECK(cudaStreamDestroy(stream));
-  return times[times.size() / 2];
-}
 
 __global__ void read_stream(const uint4* from, size_t count, uint32_t* never) {
   uint32_t sum = 0;
@@ -355,7 +275,7 @@ double stream_seconds(const Data& d, size_t bytes) {
         read_stream<<<grid, 512, 0, stream>>>(reinterpret_cast<const uint4*>(d.codes + i * bytes / 256 * 256), count,
                                               reinterpret_cast<uint32_t*>(d.out));
       },
-      copies);
+      copies, kReplays);
 }
 
 double linear_seconds(const Data& d, const Format& f, const Shape& s, int tokens, bool is_bfloat16, int warps,
@@ -366,7 +286,7 @@ double linear_seconds(const Data& d, const Format& f, const Shape& s, int tokens
   std::vector<Weight> weights;
   for (int i = 0; i < copies; ++i) weights.push_back(weight(d, f, s, i));
   const DecodeOperands o = operands(d, l, s, false);
-  return seconds_of([&](int i, cudaStream_t stream) { launch(l, weights[i], o, stream, is_dependent); }, copies);
+  return seconds_of([&](int i, cudaStream_t stream) { launch(l, weights[i], o, stream, is_dependent); }, copies, kReplays);
 }
 
 constexpr Dtype kF32 = Dtype::kFloat32, kF16 = Dtype::kFloat16, kBf16 = Dtype::kBfloat16;

@@ -15,24 +15,12 @@
 
 #include "../../cuda/int8_rows.cu"
 #include "../../cuda/linear_int8.cu"
+#include "harness.cuh"
 
 namespace {
 
 using namespace lowbit;
 using T = bfloat16;
-
-#define CHECK(call)                                                                        \
-  do {                                                                                     \
-    const cudaError_t error = (call);                                                      \
-    if (error != cudaSuccess) {                                                            \
-      std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-      std::exit(1);                                                                        \
-    }                                                                                      \
-  } while (0)
-
-struct Shape {
-  int rows, cols;
-};
 
 struct Variant {
   const char* name;
@@ -262,34 +250,8 @@ bool check(const Shape& s, int tokens, float threshold, int every) {
   return is_right;
 }
 
-double time_graph(int calls, const std::function<void(int, cudaStream_t)>& call) {
-  cudaStream_t stream;
-  CHECK(cudaStreamCreate(&stream));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < calls; ++i) call(i, stream);
-  CHECK(cudaStreamEndCapture(stream, &graph));
-  CHECK(cudaGraphInstantiate(&exec, graph, 0));
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  std::vector<double> times;
-  for (int i = 0; i < 9; ++i) {
-    CHECK(cudaEventRecord(begin, stream));
-    CHECK(cudaGraphLaunch(exec, stream));
-    CHECK(cudaEventRecord(end, stream));
-    CHECK(cudaEventSynchronize(end));
-    float milliseconds;
-    CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
-    if (i >= 2) times.push_back(milliseconds * 1e3 / calls);
-  }
-  std::sort(times.begin(), times.end());
-  CHECK(cudaGraphExecDestroy(exec));
-  CHECK(cudaGraphDestroy(graph));
-  CHECK(cudaStreamDestroy(stream));
-  return times[times.size() / 2];
-}
+// Median microseconds of one of `calls`.
+double time_graph(int calls, const std::function<void(int, cudaStream_t)>& call) { return seconds_of(call, calls, 7) * 1e6; }
 
 void time_shape(const Shape& s, int tokens) {
   const double bytes = 1.0 * s.rows * s.cols + 3.0 * tokens * s.cols + 2.0 * tokens * s.rows;
