@@ -277,8 +277,14 @@ pub(super) fn round(x: f32) -> i32 {
     (x + INTEGERS).to_bits().wrapping_sub(INTEGERS.to_bits()).cast_signed()
 }
 
-/// The bits of the largest magnitude: as integers, magnitudes are in the order of the numbers, NaN above infinity.
+/// The bits of a magnitude: as integers, magnitudes are in the order of the numbers, NaN above infinity.
 #[inline(always)]
-pub(super) fn largest_bits(x: &[f32]) -> u32 {
-    x.iter().fold(0, |most, x| most.max(x.to_bits() & i32::MAX.cast_unsigned()))
+pub(super) fn magnitude_bits(x: f32) -> u32 {
+    x.to_bits() & i32::MAX.cast_unsigned()
+}
+
+/// The bits of the largest magnitude.
+#[inline(always)]
+fn largest_bits(x: &[f32]) -> u32 {
+    x.iter().fold(0, |most, &x| most.max(magnitude_bits(x)))
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::activations::{Activations, round};
+use super::activations::{Activations, magnitude_bits, round};
 use super::isa::{Isa, Kernel, dispatch};
 use super::linear::Finish;
 use super::parallel;
@@ -137,7 +137,6 @@ impl Kernel for Round<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> Vec<usize> {
         let Self { x, tokens, width, threshold, codes, scales } = self;
-        // As integers, magnitudes are in the order of the numbers, NaN above infinity.
         let limit = threshold.to_bits();
         let mut row = vec![0.0; width];
         let mut is_found = vec![false; width];
@@ -164,11 +163,6 @@ impl Kernel for Round<'_> {
         }
         found
     }
-}
-
-#[inline(always)]
-fn magnitude_bits(x: f32) -> u32 {
-    x.to_bits() & i32::MAX.cast_unsigned()
 }
 
 /// The largest magnitude of those whose bits are below `limit`, and whether there are others.

@@ -200,26 +200,9 @@ pub(super) fn entries() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::{ADA, AMPERE, HOPPER, problem};
     use super::*;
-    use crate::format::{BlockOrder, BlockSize, Format, Layout, Spec};
-
-    const HOPPER: Capability = Capability { compute: 90, multiprocessors: 132, shared_bytes: 227 << 10 };
-    const AMPERE: Capability = Capability { compute: 80, multiprocessors: 108, shared_bytes: 163 << 10 };
-    const ADA: Capability = Capability { compute: 89, multiprocessors: 128, shared_bytes: 99 << 10 };
-
-    fn problem(format: Format, block_size: BlockSize, (rows, cols): (usize, usize), tokens: usize) -> Problem {
-        let spec = Spec {
-            format,
-            block_size,
-            block_order: BlockOrder::Row,
-            scale_dtype: Dtype::Float32,
-            double_quant: false,
-            signed_absmax: false,
-        };
-        let layout = Layout::new(&spec, rows, cols).expect("a valid layout");
-        let (operation, dtype) = (Operation::Linear, Dtype::Bfloat16);
-        Problem { operation, dtype, spec, layout, count: tokens, is_vectorized: true }
-    }
+    use crate::format::{BlockSize, Format};
 
     #[test]
     fn every_step_has_one_cta() {

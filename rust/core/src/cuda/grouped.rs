@@ -158,22 +158,15 @@ pub(super) fn entries() -> impl Iterator<Item = &'static str> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::{HOPPER, spec};
     use super::super::weight::DeviceFloats;
     use super::*;
-    use crate::format::{BlockOrder, BlockSize, Format, Spec};
+    use crate::format::{BlockSize, Format};
 
-    const HOPPER: Capability = Capability { compute: 90, multiprocessors: 132, shared_bytes: 227 << 10 };
     const EXPERTS: usize = 64;
 
     fn weight(format: Format, block_size: usize) -> DeviceWeight {
-        let spec = Spec {
-            format,
-            block_size: BlockSize::Elements(block_size),
-            block_order: BlockOrder::Row,
-            scale_dtype: Dtype::Float32,
-            double_quant: false,
-            signed_absmax: false,
-        };
+        let spec = spec(format, BlockSize::Elements(block_size));
         let (rows, cols) = (EXPERTS * 128, 1408);
         let buffer = |len| DeviceBuffer { address: 256, len };
         let scales = buffer(rows * cols / block_size);

@@ -152,21 +152,12 @@ pub(super) fn product(dtype: Dtype, layout: &Layout, tokens: usize, capability: 
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::{self, HOPPER};
     use super::*;
-    use crate::format::{BlockOrder, BlockSize, Format, Spec};
-
-    const HOPPER: Capability = Capability { compute: 90, multiprocessors: 132, shared_bytes: 227 << 10 };
+    use crate::format::{BlockSize, Format};
 
     fn layout(rows: usize, cols: usize) -> Layout {
-        let spec = Spec {
-            format: Format::Int8,
-            block_size: BlockSize::Row,
-            block_order: BlockOrder::Row,
-            scale_dtype: Dtype::Float32,
-            double_quant: false,
-            signed_absmax: false,
-        };
-        Layout::new(&spec, rows, cols).expect("a valid layout")
+        samples::layout(Format::Int8, BlockSize::Row, (rows, cols))
     }
 
     #[test]

@@ -19,6 +19,8 @@ mod modules;
 mod norm;
 mod plan;
 mod quantize;
+#[cfg(test)]
+mod samples;
 mod weight;
 
 pub use batch::BatchSizes;

@@ -233,9 +233,8 @@ pub(super) fn entries() -> impl Iterator<Item = &'static str> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::TURING;
     use super::*;
-
-    const TURING: Capability = Capability { compute: 75, multiprocessors: 40, shared_bytes: 64 << 10 };
 
     #[test]
     fn every_kernel_is_built() {

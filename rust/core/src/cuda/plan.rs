@@ -261,24 +261,14 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::samples::{self, HOPPER, TURING};
     use super::super::{batch, grouped, norm};
     use super::*;
-    use crate::format::{BlockOrder, BlockSize, Format};
-
-    const TURING: Capability = Capability { compute: 75, multiprocessors: 40, shared_bytes: 64 << 10 };
-    const HOPPER: Capability = Capability { compute: 90, multiprocessors: 132, shared_bytes: 227 << 10 };
+    use crate::format::{BlockSize, Format};
 
     fn problem(operation: Operation, count: usize) -> Problem {
-        let spec = Spec {
-            format: Format::Nf4,
-            block_size: BlockSize::Elements(64),
-            block_order: BlockOrder::Row,
-            scale_dtype: Dtype::Float32,
-            double_quant: false,
-            signed_absmax: false,
-        };
-        let layout = Layout::new(&spec, 4096, 1024).expect("a valid layout");
-        Problem { operation, dtype: Dtype::Bfloat16, spec, layout, count, is_vectorized: true }
+        let nf4 = samples::problem(Format::Nf4, BlockSize::Elements(64), (4096, 1024), count);
+        Problem { operation, ..nf4 }
     }
 
     #[test]

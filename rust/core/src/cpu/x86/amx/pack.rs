@@ -240,7 +240,13 @@ fn in_order_of_nibbles(rows: [__m512i; 4]) -> [__m512i; 4] {
     // SAFETY: the array is a vector.
     let index = unsafe { _mm512_loadu_si512(INDEX.as_ptr().cast()) };
     // Quarter s of each row: its terms 4 * j + s. Then quarters s of all rows are brought together.
-    let [a, b, c, d] = rows.map(|row| _mm512_permutexvar_epi16(index, row));
+    quarters_transposed(rows.map(|row| _mm512_permutexvar_epi16(index, row)))
+}
+
+/// Quarter `i` of vector `j` becomes quarter `j` of vector `i`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn quarters_transposed([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
     let (ab_low, ab_high) = (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b));
     let (cd_low, cd_high) = (_mm512_shuffle_i32x4::<0x44>(c, d), _mm512_shuffle_i32x4::<0xee>(c, d));
     [

@@ -3,14 +3,14 @@
 //! A strip's sums stay in the cache, a chunk of its weights is decoded once and meets all tokens.
 
 use std::arch::x86_64::{
-    __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_cvtepi32_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
-    _mm512_set1_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    __m512, _mm512_castpd_si512, _mm512_castps_pd, _mm512_castsi512_ps, _mm512_cvtepi32_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
     _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
 use super::fill::{Buffers, Filler, Method};
-use super::pack::{Form, Packed};
+use super::pack::{Form, Packed, quarters_transposed};
 use super::scratch::Scratch;
 use super::tiles::{self, Line, Operand, ROW_BYTES, ROWS, Session, Sums, TILE_BYTES, multiply};
 use crate::cpu::activations::Activations;
@@ -314,19 +314,11 @@ fn interleaved([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
     let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
     let ((ab, cd), (ab_high, cd_high)) = (pairs(ab, cd), pairs(ab_high, cd_high));
     // Quarter i of vector j has the numbers 4 * i + j of all four.
-    let [a, b, c, d] = [
+    let columns = [
         _mm512_unpacklo_pd(ab, cd),
         _mm512_unpackhi_pd(ab, cd),
         _mm512_unpacklo_pd(ab_high, cd_high),
         _mm512_unpackhi_pd(ab_high, cd_high),
-    ]
-    .map(|v| _mm512_castpd_ps(v));
-    let (ab_low, ab_high) = (_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-    let (cd_low, cd_high) = (_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
-    [
-        _mm512_shuffle_f32x4::<0x88>(ab_low, cd_low),
-        _mm512_shuffle_f32x4::<0xdd>(ab_low, cd_low),
-        _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
-        _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
-    ]
+    ];
+    quarters_transposed(columns.map(|v| _mm512_castpd_si512(v))).map(|v| _mm512_castsi512_ps(v))
 }
