@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 
 import lowbit_rs
+from adapters import randomized
 from lowbit_rs import LowbitConfig, PackedWeight, QuantLinear
 from lowbit_rs.integrations.peft import LoraQuantLinear
 from tiny_models import VOCABULARY, load, logits_of, make_model
@@ -38,16 +39,6 @@ def adapted(path: Path, options: dict[str, Any] | None = None, **lora: Any) -> A
     model = load(path, quantization_config=LowbitConfig(**options or {}))
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora}))
-
-
-def randomized(model: Any) -> Any:
-    """The model with adapters that do something."""
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model.eval()
 
 
 def layers_of(model: nn.Module) -> dict[str, LoraQuantLinear]:

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
+from adapters import randomized
 from lowbit_rs import InvalidArgument, LowbitConfig, Unsupported
 from lowbit_rs.integrations.peft import LoraQuantExperts
 from lowbit_rs.nn import QuantExperts
@@ -44,13 +45,7 @@ def adapted(path: Path, *, floats: bool = False, **options: Any) -> Any:
     if floats:
         model.dequantize()
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=TARGETS))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return randomized(get_peft_model(model, LoraConfig(r=4, target_modules=[], target_parameters=TARGETS)))
 
 
 def experts_of(model: Any) -> list[QuantExperts]:

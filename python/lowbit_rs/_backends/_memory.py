@@ -40,6 +40,14 @@ def floats(tensor: Tensor) -> Floats:
     return tensor.data_ptr(), count, dtype_name(tensor.dtype)
 
 
+def column(tensor: Tensor | None) -> tuple[Tensor | None, Floats | None]:
+    """A vector that may be missing, as a bias, and its native buffer; the tensor has to live as long as that."""
+    if tensor is None:
+        return None, None
+    kept = rows_of(tensor)[0]
+    return kept, floats(kept)
+
+
 def buffer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
     """A native buffer of elements of ``dtype`` on ``device``; InvalidArgument, naming the field, for anything else."""
     if tensor.dtype is not dtype or tensor.device != device or not tensor.is_contiguous():
@@ -96,7 +104,7 @@ class NormOperands:
         self.y = x.new_empty(x.shape)
         self.total = None if residual is None else x.new_empty(x.shape)
         rows, tokens, stride = rows_of(x)
-        self._kept = [rows]
+        self._kept: list[Tensor | None] = [rows]
         more = None if residual is None else rows_of(residual)
         addend = None
         if more is not None:
@@ -114,8 +122,7 @@ class NormOperands:
             floats(self.y),
         )
 
-    def _column(self, column: Tensor | None) -> Floats | None:
-        if column is None:
-            return None
-        self._kept.append(rows_of(column)[0])
-        return floats(self._kept[-1])
+    def _column(self, tensor: Tensor | None) -> Floats | None:
+        kept, values = column(tensor)
+        self._kept.append(kept)
+        return values

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit_rs import _native
-from lowbit_rs._backends._memory import NormOperands, buffer, experts_of, floats, joined_buffers, rows_of
+from lowbit_rs._backends._memory import NormOperands, buffer, column, experts_of, floats, joined_buffers, rows_of
 from lowbit_rs._native import Spec, WeightView
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
@@ -80,8 +80,7 @@ def linear(weight: WeightView, x: Tensor, bias: Tensor | None, activation: str, 
     """
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
-    bias = None if bias is None else rows_of(bias)[0]
-    addend = None if bias is None else floats(bias)
+    bias, addend = column(bias)
     rounding = activation, threshold
     _native.linear(weight, floats(x), tokens, row_stride, *rounding, addend, floats(out), torch.get_num_threads())
     return out

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from lowbit_rs import _native
 from lowbit_rs._backends._counters import counters
-from lowbit_rs._backends._memory import Buffer, NormOperands, buffer, experts_of, floats, joined_buffers, rows_of
+from lowbit_rs._backends._memory import (
+    Buffer,
+    NormOperands,
+    buffer,
+    column,
+    experts_of,
+    floats,
+    joined_buffers,
+    rows_of,
+)
 from lowbit_rs._native import CUDA_MAX_TOKENS, CUDA_SIDE_NUMBERS, CudaWeight, Spec, Unsupported
 from lowbit_rs.packed import dtype_name, field_dtypes, storage
 
@@ -159,10 +168,7 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, 
     if tokens > CUDA_MAX_TOKENS:
         linear_in_parts(weight, x.reshape(tokens, weight.cols), bias, out.view(tokens, weight.rows))
         return out
-    addend = None
-    if bias is not None:
-        bias = rows_of(bias)[0]
-        addend = floats(bias)
+    bias, addend = column(bias)
     result = (out.data_ptr(), tokens * weight.rows, values[2])
     _native.cuda_linear(weight, values, tokens, row_stride, addend, result, _stream(weight.device), MAY_OVERLAP)
     return out
@@ -176,10 +182,7 @@ def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tupl
     """
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
-    addend = None
-    if bias is not None:
-        bias = rows_of(bias)[0]
-        addend = floats(bias)
+    bias, addend = column(bias)
     partials = x.new_empty(sizes[0], dtype=torch.float32)
     arrivals = counters(x.device, sizes[1])
     values = floats(x)
@@ -248,8 +251,7 @@ def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | No
     if rows.outliers is not None:
         side = torch.empty((tokens + weight.rows, CUDA_SIDE_NUMBERS), dtype=torch.int16, device=x.device)
     beside = None if side is None else (side.data_ptr(), side.numel())
-    bias = None if bias is None else rows_of(bias)[0]
-    addend = None if bias is None else floats(bias)
+    bias, addend = column(bias)
     result = (out.data_ptr(), tokens * weight.rows, dtype_name(x.dtype))
     stream = _stream(weight.device)
     _native.cuda_linear_int8(weight, floats(x), tokens, row_stride, rows.buffers(), beside, addend, result, stream)

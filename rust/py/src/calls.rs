@@ -79,7 +79,8 @@ impl LinearCall {
             return Ok(None);
         };
         let activation = activation.cast::<PyString>()?.to_str()?;
-        let threshold = state.get_item(intern!(py, "threshold"))?.map_or(Ok(None), |value| value.extract())?;
+        let threshold = if activation == "none" { None } else { state.get_item(intern!(py, "threshold"))? };
+        let threshold: Option<f32> = threshold.map_or(Ok(None), |value| value.extract())?;
         let is_there = |value: &Bound<'_, PyAny>| !value.is_none();
         let is_converted = state.get_item(intern!(py, "compute_dtype"))?.is_some_and(|dtype| is_there(&dtype));
         let is_permuted = parameters.get_item(intern!(py, "weight_permutation"))?.is_some_and(|order| is_there(&order));

@@ -112,6 +112,10 @@ pub(crate) fn floats(argument: &'static str, (address, len, dtype): &FloatBuffer
     Ok(DeviceFloats::new(*address as u64, *len, Dtype::parse(argument, dtype)?))
 }
 
+pub(crate) fn optional_floats(argument: &'static str, buffer: Option<&FloatBuffer>) -> Result<Option<DeviceFloats>> {
+    buffer.map(|buffer| floats(argument, buffer)).transpose()
+}
+
 /// Whether this build has CUDA kernels.
 #[pyfunction]
 fn has_cuda_kernels() -> bool {
@@ -209,7 +213,7 @@ fn cuda_linear(
 ) -> PyResult<()> {
     run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
-        let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
+        let bias = optional_floats("bias", bias.as_ref())?;
         // SAFETY: as for `cuda_dequantize`.
         unsafe {
             let queue = Queue { may_overlap, ..weight.queue(stream)? };
@@ -271,7 +275,7 @@ fn cuda_linear_int8(
 ) -> PyResult<()> {
     run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
-        let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
+        let bias = optional_floats("bias", bias.as_ref())?;
         let (rows, side, out) = (device_rows(rows), side.map(buffer), floats("out", &out)?);
         // SAFETY: as for `cuda_dequantize`.
         unsafe { cuda::linear_int8(weight.queue(stream)?, &weight.weight, (x, rows), side, bias, out) }
@@ -323,7 +327,7 @@ fn cuda_linear_batch(
 ) -> PyResult<()> {
     run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
-        let bias = bias.as_ref().map(|bias| floats("bias", bias)).transpose()?;
+        let bias = optional_floats("bias", bias.as_ref())?;
         let workspace = BatchWorkspace { partials: buffer(partials), arrivals: buffer(arrivals) };
         // SAFETY: as for `cuda_dequantize`.
         unsafe { cuda::linear_batch(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?, workspace) }

@@ -7,7 +7,7 @@ use lowbit_core::norm::Norm;
 use pyo3::prelude::*;
 
 use crate::buffers::{FloatBuffer, floats, floats_mut};
-use crate::cuda::floats as device_floats;
+use crate::cuda::{floats as device_floats, optional_floats};
 use crate::errors::run;
 use crate::operations::activations;
 
@@ -93,15 +93,14 @@ fn cuda_norm(
         let rows = |argument, (buffer, stride): &Rows| {
             device_floats(argument, buffer).map(|values| DeviceActivations { values, tokens, stride: *stride })
         };
-        let column =
-            |argument, buffer: Option<FloatBuffer>| buffer.map(|buffer| device_floats(argument, &buffer)).transpose();
         let residual = match (&residual, &total) {
             (Some(residual), Some(total)) => {
                 Some(DeviceResidual { rows: rows("residual", residual)?, total: device_floats("total", total)? })
             }
             _ => None,
         };
-        let affine = DeviceAffine { weight: column("weight", weight)?, bias: column("bias", bias)? };
+        let weight = optional_floats("weight", weight.as_ref())?;
+        let affine = DeviceAffine { weight, bias: optional_floats("bias", bias.as_ref())? };
         let queue = Queue { device: Device::get(device)?, stream, may_overlap: false };
         let (x, out) = (rows("x", &x)?, device_floats("out", &out)?);
         // SAFETY: the caller's tensors are on the device, and torch keeps their memory until the stream is done.

@@ -111,7 +111,8 @@ pub(in crate::cpu) struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
-    /// The product of `x` with a weight, in either direction; of int8, `rounded` has its integers. Only where [`super::is_available`] has said so.
+    /// The product of `x` with a weight, in either direction; of int8, `rounded` has its integers. Only where
+    /// [`super::is_available`] has said so.
     pub(in crate::cpu) fn new(
         weight: &'a PackedWeight<'a>,
         direction: Direction,

@@ -166,27 +166,19 @@ unsafe fn look_up<const PARTS: usize>(
     }
 }
 
-/// The second table for the upper half of the words.
-const SECOND_FOR_UPPER: [u16; 32] = {
+/// The second table for words from `first` on, every `step` of them.
+const fn second_from(first: usize, step: usize) -> [u16; 32] {
     let mut high = [0; 32];
-    let mut i = 16;
+    let mut i = first;
     while i < 32 {
         high[i] = LEN as u16;
-        i += 1;
+        i += step;
     }
     high
-};
+}
 
-/// The second table for every other word.
-const SECOND_FOR_ODD: [u16; 32] = {
-    let mut high = [0; 32];
-    let mut i = 1;
-    while i < 32 {
-        high[i] = LEN as u16;
-        i += 2;
-    }
-    high
-};
+const SECOND_FOR_UPPER: [u16; 32] = second_from(16, 1);
+const SECOND_FOR_ODD: [u16; 32] = second_from(1, 2);
 
 #[inline]
 #[target_feature(enable = "avx512f")]
