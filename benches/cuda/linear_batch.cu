@@ -18,18 +18,24 @@
 #include "../../cuda/linear_batch.cu"
 
 #if !defined(LOWBIT_MMA_SYNC)
-LOWBIT_BATCH(bfloat16, 96, 2)
-LOWBIT_BATCH(bfloat16, 128, 1)
-LOWBIT_BATCH(bfloat16, 192, 1)
-LOWBIT_BATCH(bfloat16, 256, 1)
-LOWBIT_BATCH(float16, 128, 1)
-LOWBIT_BATCH(float16, 256, 1)
+LOWBIT_BATCH(linear_batch_narrow, bfloat16, 32, 2, true)
+LOWBIT_BATCH(linear_batch_narrow, bfloat16, 64, 2, true)
+LOWBIT_BATCH(linear_batch_narrow, bfloat16, 96, 2, true)
+LOWBIT_BATCH(linear_batch_narrow, float16, 64, 2, true)
+LOWBIT_BATCH(linear_batch_wide, bfloat16, 128, 1)
+LOWBIT_BATCH(linear_batch_wide, bfloat16, 192, 1)
+LOWBIT_BATCH(linear_batch_wide, bfloat16, 256, 1, false, 2)
+LOWBIT_BATCH(linear_batch_wide, float16, 128, 1)
+LOWBIT_BATCH(linear_batch_wide, float16, 256, 1, false, 2)
 #endif
+
+#include <cuda.h>
 
 #include "harness.cuh"
 
 namespace {
 
+using lowbit::BatchMaps;
 using lowbit::BatchOperands;
 using lowbit::Dtype;
 using lowbit::Weight;
@@ -37,6 +43,7 @@ using lowbit::Weight;
 constexpr size_t kPoolBytes = size_t{640} << 20;
 constexpr int kMaxTokens = 1024, kMaxWidth = 32768;
 constexpr int kReplays = 7;
+constexpr int kRows = 128;  // of a tile
 
 struct Format {
   const char* name;
@@ -47,18 +54,28 @@ struct Format {
 };
 
 struct Kernel {
-  void (*function)(Weight, BatchOperands);
+  const char* name;
+  void (*function)(Weight, BatchOperands, BatchMaps);
   Dtype dtype;
   int tokens, panels;
+  bool is_narrow;
 };
 
 const Kernel kKernels[] = {
-    {linear_batch_bfloat16_32, Dtype::kBfloat16, 32, 2},   {linear_batch_bfloat16_64, Dtype::kBfloat16, 64, 2},
-    {linear_batch_float16_32, Dtype::kFloat16, 32, 2},     {linear_batch_float16_64, Dtype::kFloat16, 64, 2},
+    {"", linear_batch_bfloat16_32, Dtype::kBfloat16, 32, 2, false},
+    {"", linear_batch_bfloat16_64, Dtype::kBfloat16, 64, 2, false},
+    {"", linear_batch_float16_32, Dtype::kFloat16, 32, 2, false},
+    {"", linear_batch_float16_64, Dtype::kFloat16, 64, 2, false},
 #if !defined(LOWBIT_MMA_SYNC)
-    {linear_batch_bfloat16_96, Dtype::kBfloat16, 96, 2},   {linear_batch_bfloat16_128, Dtype::kBfloat16, 128, 1},
-    {linear_batch_bfloat16_192, Dtype::kBfloat16, 192, 1}, {linear_batch_bfloat16_256, Dtype::kBfloat16, 256, 1},
-    {linear_batch_float16_128, Dtype::kFloat16, 128, 1},   {linear_batch_float16_256, Dtype::kFloat16, 256, 1},
+    {"narrow ", linear_batch_narrow_bfloat16_32, Dtype::kBfloat16, 32, 2, true},
+    {"narrow ", linear_batch_narrow_bfloat16_64, Dtype::kBfloat16, 64, 2, true},
+    {"narrow ", linear_batch_narrow_bfloat16_96, Dtype::kBfloat16, 96, 2, true},
+    {"narrow ", linear_batch_narrow_float16_64, Dtype::kFloat16, 64, 2, true},
+    {"wide ", linear_batch_wide_bfloat16_128, Dtype::kBfloat16, 128, 1, false},
+    {"wide ", linear_batch_wide_bfloat16_192, Dtype::kBfloat16, 192, 1, false},
+    {"wide ", linear_batch_wide_bfloat16_256, Dtype::kBfloat16, 256, 1, false},
+    {"wide ", linear_batch_wide_float16_128, Dtype::kFloat16, 128, 1, false},
+    {"wide ", linear_batch_wide_float16_256, Dtype::kFloat16, 256, 1, false},
 #endif
 };
 
@@ -147,29 +164,59 @@ Launch plan(const Data& d, const Kernel& kernel, const Format& f, const Shape& s
   o.bias = has_bias ? d.bias : nullptr, o.bias_dtype = Dtype::kFloat32;
   o.token_tiles = (tokens + kernel.tokens - 1) / kernel.tokens;
   o.steps = (s.cols + 64 * kernel.panels - 1) / (64 * kernel.panels);
-  const int total = (s.rows + 127) / 128 * o.token_tiles * o.steps;
+  const int total = (s.rows + kRows - 1) / kRows * o.token_tiles * o.steps;
   if (grid <= 0) grid = grid < 0 ? total / o.steps : multiprocessors;
   grid = std::min(grid, total);
   o.steps_each = total / grid, o.steps_rest = total % grid;
   o.log_blocks = 0;
   for (int size = 64 * kernel.panels; f.block_size > 0 && size > f.block_size; size /= 2) ++o.log_blocks;
-  const int numbers = (1024 << o.log_blocks) * (f.has_shift ? 2 : 1);
-  const int stage = ((128 * kernel.tokens + 1024 * f.bits) * kernel.panels + numbers + 1023) / 1024 * 1024;
+  const int numbers = (kRows * (kernel.is_narrow ? 4 : 8) << o.log_blocks) * (f.has_shift ? 2 : 1);
+  const int stage = ((128 * kernel.tokens + 8 * kRows * f.bits) * kernel.panels + numbers + 1023) / 1024 * 1024;
   for (int stages : {8, 7, 6, 5, 4, 3}) {
     o.stages = stages;
     if (65536 + stages * (stage + 16) <= most_shared) break;
   }
+  o.stage_bytes = stage;
   return {kernel, grid, 65536 + o.stages * (stage + 16), o};
+}
+
+// A map of a row-major matrix and its boxes.
+void encode(lowbit::TensorMap& map, CUtensorMapDataType type, int element, const void* from, uint64_t cols, uint64_t rows,
+            uint64_t row_bytes, uint32_t box_cols, uint32_t box_rows) {
+  static decltype(&cuTensorMapEncodeTiled) function = nullptr;
+  if (function == nullptr) {
+    cudaDriverEntryPointQueryResult result;
+    CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", reinterpret_cast<void**>(&function), cudaEnableDefault, &result));
+  }
+  const cuuint64_t sizes[2] = {cols, rows}, strides[1] = {row_bytes};
+  const cuuint32_t box[2] = {box_cols, box_rows}, steps[2] = {1, 1};
+  const uint32_t bytes = box_cols * element;
+  const CUtensorMapSwizzle swizzle = bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
+  const CUresult result =
+      function(reinterpret_cast<CUtensorMap*>(&map), type, 2, const_cast<void*>(from), sizes, strides, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) std::printf("cuTensorMapEncodeTiled: %d\n", result), std::exit(1);
+}
+
+BatchMaps maps_of(const Launch& l, const Weight& w) {
+  BatchMaps maps;
+  const BatchOperands& o = l.operands;
+  encode(maps.x, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, o.x, w.cols, o.tokens, o.x_stride * 2, 64, l.kernel.tokens);
+  encode(maps.codes, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, w.codes, w.row_codes * w.bits / 8, w.rows, w.row_codes * w.bits / 8,
+         8 * l.kernel.panels * w.bits, kRows);
+  return maps;
 }
 
 void launch(const Launch& l, const Weight& w, cudaStream_t stream) {
 #if defined(LOWBIT_MMA_SYNC)
   const int threads = 512;
 #else
-  const int threads = l.kernel.tokens <= 96 ? 768 : 512;
+  const int threads = 384;
 #endif
   CHECK(cudaFuncSetAttribute(l.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared));
-  l.kernel.function<<<l.grid, threads, l.shared, stream>>>(w, l.operands);
+  l.kernel.function<<<l.grid, threads, l.shared, stream>>>(w, l.operands, maps_of(l, w));
   CHECK(cudaGetLastError());
 }
 
@@ -224,20 +271,24 @@ int check(Data& d, const Kernel& kernel, const Format& f, const Shape& s, int to
   if (relative < bound && first == second) return 0;
   static int told = 0;
   if (++told > 20) return 1;
-  std::printf("WRONG %s %dx%d tokens %d kernel %d dtype %d grid %d: error %.2e, repeatable %d\n", f.name, s.rows, s.cols,
-              tokens, kernel.tokens, int(kernel.dtype), l.grid, relative, first == second);
+  std::printf("WRONG %s %dx%d tokens %d kernel %s%d dtype %d grid %d: error %.2e, repeatable %d\n", f.name, s.rows, s.cols,
+              tokens, kernel.name, kernel.tokens, int(kernel.dtype), l.grid, relative, first == second);
   return 1;
 }
 
 constexpr Dtype kF32 = Dtype::kFloat32, kF16 = Dtype::kFloat16, kBf16 = Dtype::kBfloat16;
 const Format kFormats[] = {
-    {"nf4", 4, 64, kF32, false, false, false},        {"nf4-double", 4, 64, kF32, true, false, false},
+    {"nf4-64", 4, 64, kF32, false, false, false},        {"nf4-double", 4, 64, kF32, true, false, false},
     {"int4-g128-f16", 4, 128, kF16, false, false, true}, {"uint4-g64-f16", 4, 64, kF16, false, true, true},
     {"uint4-16-bf16", 4, 16, kBf16, false, true, true},  {"uint4-double", 4, 32, kF32, true, true, true},
     {"nf4-16-double", 4, 16, kF32, true, false, false},  {"nf4-row", 4, 0, kF32, false, false, false},
     {"int8-row", 8, 0, kF32, false, false, true},        {"int8-32", 8, 32, kF32, false, false, true},
     {"nf4-4096", 4, 4096, kF16, false, false, false},
 };
+
+bool takes(const Kernel& kernel, const Format& f) {
+  return !kernel.is_narrow || (!f.has_shift && (f.block_size == 0 || f.block_size >= 64));
+}
 
 int check_all(Data& d, const std::string& filter) {
   int wrong = 0, count = 0;
@@ -247,7 +298,7 @@ int check_all(Data& d, const std::string& filter) {
     for (Dtype dtype : {kBf16, kF16}) {
       d.prepare(f, dtype);
       for (const Kernel& kernel : kKernels) {
-        if (kernel.dtype != dtype) continue;
+        if (kernel.dtype != dtype || !takes(kernel, f)) continue;
         for (const Shape& s : shapes) {
           for (int tokens : {1, 17, 33, 64, 100, 257}) {
             for (int grid : {-1, 0, 7}) wrong += check(d, kernel, f, s, tokens, grid), ++count;
@@ -274,15 +325,15 @@ void time_all(Data& d, const std::string& filter) {
     if (std::string(f.name).find(filter) == std::string::npos) continue;
     d.prepare(f, kBf16);
     for (const Shape& s : shapes) {
-      for (int tokens : {32, 64, 96, 128, 160, 192, 256, 512, 1024}) {
+      for (int tokens : {24, 32, 48, 64, 96, 128, 192, 256, 512, 1024}) {
         std::printf("%-10s %5dx%-5d M=%-4d", f.name, s.rows, s.cols, tokens);
         for (const Kernel& kernel : kKernels) {
           const int tiles = (tokens + kernel.tokens - 1) / kernel.tokens;
-          if (kernel.dtype != kBf16 || tiles > 4) continue;
+          if (kernel.dtype != kBf16 || tiles > 4 || !takes(kernel, f)) continue;
           if (kernel.tokens > tokens + 31 || (tiles > 1 && tokens % kernel.tokens != 0)) continue;
           const double shared = linear_seconds(d, kernel, f, s, tokens, 0);
           const double whole = linear_seconds(d, kernel, f, s, tokens, -1);
-          std::printf("  %3d: %7.2f %7.2f", kernel.tokens, shared * 1e6, whole * 1e6);
+          std::printf("  %s%d: %7.2f %7.2f", kernel.name, kernel.tokens, shared * 1e6, whole * 1e6);
         }
         std::printf("\n");
         std::fflush(stdout);

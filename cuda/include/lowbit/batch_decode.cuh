@@ -121,35 +121,49 @@ struct BatchDecoder {
         has_shift(w.shifts != nullptr) {
     const int g = lane / 4, chunks = Shape::kCols * w.bits / 128, chunk = w.bits == 4 ? first / 2 : first;
     codes = kept(layout.codes + ((row + g) * chunks + code_place(row + g, chunk, chunks)) * 16);
-    scales = kept(layout.scales + (row + g + (first >> blocks_shift) * kBatchRows) * 8);
+    scales = kept(layout.scales + (row + g + (first >> blocks_shift) * Shape::kRows) * Shape::kNumberBytes);
     lane_offset = kept(lane * 4);
   }
 
-  // The 16 rows of row tile `tile`, and `kCount` times 16 in-features from `sixteenth` on.
-  template <int kCount>
-  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
-    // All uniform in a warp.
-    if (bits == 4) look_up(a, stage, tile, sixteenth);
+  // The 16 rows of row tile `tile`, and `kCount` times 16 in-features from `sixteenth` on, before their scales.
+  template <bool kIsCommon, int kCount>
+  __device__ __forceinline__ void decode_values(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
+    // Uniform in a warp.
+    if (kIsCommon || bits == 4) look_up(a, stage, tile, sixteenth);
     else convert(a, stage, tile, sixteenth);
-    if (has_shift) scale<true, false>(a, stage, tile, sixteenth);
-    else if (1 << blocks_shift >= Shape::kSixteenths / 2) scale<false, true>(a, stage, tile, sixteenth);
+  }
+
+  // And with their scales and shifts.
+  template <bool kIsCommon, int kCount>
+  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
+    decode_values<kIsCommon>(a, stage, tile, sixteenth);
+    if (kIsCommon) scale<false, true>(a, stage, tile, sixteenth);
+    else if (has_shift) scale<true, false>(a, stage, tile, sixteenth);
     else scale<false, false>(a, stage, tile, sixteenth);
+  }
+
+  // Whether it is of what most weights are: 4 bits, no shifts, and blocks of at least 64.
+  __device__ __forceinline__ bool is_common() const { return bits == 4 && !has_shift && blocks_shift >= 2; }
+
+  // fp32 scales of rows g and g + 8, of the block of `sixteenth`.
+  __device__ __forceinline__ float2 scales_of_sums(uint32_t stage, int sixteenth) const {
+    const uint32_t from = stage + scales + (sixteenth >> blocks_shift) * (Shape::kRows * 4);
+    return {__uint_as_float(load_shared_4(from)), __uint_as_float(load_shared_4(from + 32))};
   }
 
  private:
   static constexpr int kLogSixteenths = Shape::kPanels == 1 ? 2 : 3;
   uint32_t lane_offset;
 
-  // With `kOneBlock` all in-features of the lane are of the block of the first, or of the next, half of a step further.
+  // With `kOneBlock` these in-features are of one block.
   template <bool kShift, bool kOneBlock, int kCount>
   __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
     SplitNumbers upper, lower;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int now = sixteenth + i;
-      if (i == 0 || !kOneBlock || now % (Shape::kSixteenths / 2) == 0) {
-        const int block = ((first + now) >> blocks_shift) - (first >> blocks_shift);
-        const uint32_t from = stage + scales + tile * 128 + block * (kBatchRows * 8);
+      if (i == 0 || !kOneBlock) {
+        const int block = ((first + sixteenth + i) >> blocks_shift) - (first >> blocks_shift);
+        const uint32_t from = stage + scales + tile * 128 + block * (Shape::kRows * 8);
         upper.scale = load_shared_8(from), lower.scale = load_shared_8(from + 64);
         if constexpr (kShift) {
           upper.shift = load_shared_8(from + shift_distance), lower.shift = load_shared_8(from + shift_distance + 64);

@@ -1,20 +1,65 @@
-// The way of activations, codes, scales and shifts into the ring of linear_batch: what its producers do: copiers and scalers.
+// The way of activations, codes, scales and shifts into the ring of linear_batch: what its producers do.
 #pragma once
 
 #include "batch_decode.cuh"
 #include "batch_plan.cuh"
 #include "mbarrier.cuh"
 #include "ptx.cuh"
+#include "tensor_map.cuh"
 
 namespace lowbit {
+
+#if defined(LOWBIT_HAS_WGMMA)
+
+// Asks the copy engine for the activations and codes of a step after the other. One thread.
+template <typename Shape>
+struct BatchTiles {
+  const BatchMaps& maps;
+  const BatchOperands& operands;
+  StepCursor next;
+  int row, token;  // of the tile of `next`
+  int step_bytes;  // of codes in a row
+  uint32_t codes, bytes;  // place and size in a stage
+
+  __device__ __forceinline__ BatchTiles(const Weight& w, const BatchOperands& operands_, const BatchMaps& maps_,
+                                        const BatchStage& layout, int begin)
+      : maps(maps_),
+        operands(operands_),
+        next(begin, operands_.steps),
+        step_bytes(Shape::kCols / 8 * w.bits),
+        codes(layout.codes),
+        bytes(layout.codes + Shape::kRows * step_bytes) {
+    prefetch_map(maps.x);
+    prefetch_map(maps.codes);
+    enter_tile();
+  }
+
+  __device__ __forceinline__ void copy_step(uint32_t stage, uint32_t barrier) {
+    expect_bytes(barrier, bytes);
+#pragma unroll
+    for (int panel = 0; panel < Shape::kPanels; ++panel) {
+      copy_box_async(stage + panel * Shape::kPanelBytes, maps.x, next.in_tile * Shape::kCols + panel * 64, token, barrier);
+    }
+    copy_box_async(stage + codes, maps.codes, next.in_tile * step_bytes, row, barrier);
+    if (next.advance(operands.steps)) enter_tile();
+  }
+
+ private:
+  __device__ __forceinline__ void enter_tile() {
+    row = next.tile / operands.token_tiles * Shape::kRows;
+    token = next.tile % operands.token_tiles * Shape::kTokens;
+  }
+};
+
+#endif
 
 // Activations and codes, some steps ahead of the arithmetic. What a thread copies lies one step of columns further each
 // time, until a tile ends.
 template <typename Shape>
 struct BatchCopier {
-  static constexpr int kTokensAtOnce = Shape::kCopiers / Shape::kChunks;
+  static constexpr int kTokensAtOnce = Shape::kProducers / Shape::kChunks;
   static constexpr int kTokenRounds = (Shape::kTokens + kTokensAtOnce - 1) / kTokensAtOnce;
-  static constexpr int kMaxCodeRounds = kBatchRows * Shape::kCols / 16 / Shape::kCopiers;
+  static constexpr int kMaxCodeRounds = Shape::kRows * Shape::kCols / 16 / Shape::kProducers;
   const Weight& w;
   const BatchOperands& operands;
   int thread;
@@ -52,13 +97,13 @@ struct BatchCopier {
   __device__ __forceinline__ int code_row() const { return thread / code_chunks(); }
 
   __device__ __forceinline__ void enter_tile() {
-    const BatchTile tile(w, operands, Shape::kTokens, next.tile);
+    const BatchTile tile(w, operands, Shape{}, next.tile);
     x_from = static_cast<const uint8_t*>(operands.x) +
              (static_cast<uint64_t>(tile.token + token()) * operands.x_stride + next.in_tile * Shape::kCols + x_column) * 2;
     x_rounds = (tile.tokens_left - token() + kTokensAtOnce - 1) / kTokensAtOnce;
     codes_from = w.codes + (static_cast<uint64_t>(tile.row + code_row()) * w.row_codes + next.in_tile * Shape::kCols +
                             codes_column) * w.bits / 8;
-    const int rows_at_once = Shape::kCopiers / code_chunks();
+    const int rows_at_once = Shape::kProducers / code_chunks();
     code_rounds = (tile.rows_left - code_row() + rows_at_once - 1) / rows_at_once;
   }
 
@@ -86,7 +131,7 @@ struct BatchCopier {
   __device__ __forceinline__ void copy_code_rounds(uint32_t to, int rounds, int64_t row_bytes) {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      copy_16_async_128(to + i * Shape::kCopiers * 16, codes_from + i * (kBatchRows / kRounds) * row_bytes, i < rounds);
+      copy_16_async_128(to + i * Shape::kProducers * 16, codes_from + i * (Shape::kRows / kRounds) * row_bytes, i < rounds);
     }
   }
 };
@@ -97,95 +142,142 @@ struct StoredNumbers {
   float scale_2;
 };
 
-// Scales and shifts, split: loaded a step before they are stored. A thread has one row.
+// Scales and shifts, in groups of some steps of a tile: those of a group are loaded while those of the group before are
+// stored, so that nobody waits for memory. A thread has one row, or none.
 template <typename T, typename Shape>
 struct BatchScaler {
-  static_assert(Shape::kScalers == kBatchRows, "a thread for each row");
+  static_assert(Shape::kRows <= Shape::kProducers, "a thread for each row");
+  static constexpr int kGroup = 4;
+  // Of the first blocks of a step; small blocks have more, which are loaded when they are stored.
+  static constexpr int kLoaded = Shape::kPanels;
   const Weight& w;
   const BatchOperands& operands;
   int thread;
-  StepCursor next;
   int end;
   float multiplier;  // what the table of code values was divided by
   float offset;
-  int64_t row_block;  // the row's first, or -1 where the tile has no such row
-  // Of the first blocks of a step; small blocks have more, which are loaded when they are stored.
-  static constexpr int kLoaded = Shape::kPanels;
-  StoredNumbers numbers[kLoaded];
+  int log_bytes;          // of a scale and of a shift
+  StepCursor loading;     // the first step of the group that is loaded
+  int64_t first_block;    // of the row, in the tile of `loading`
+  int cols;               // of the row: 0 where the thread or the tile has no such row
+  StoredNumbers numbers[kGroup][kLoaded];
+  StepCursor storing;     // the next step
+  float scales[kGroup][kLoaded];
+  uint32_t shifts[kGroup][kLoaded];
 
   __device__ __forceinline__ BatchScaler(const Weight& w_, const BatchOperands& operands_, int begin, int end_,
                                          float multiplier_, int thread_)
       : w(w_),
         operands(operands_),
         thread(thread_),
-        next(begin, operands_.steps),
         end(end_),
         multiplier(multiplier_),
-        offset(w_.scale_2 == nullptr ? 0.0f : *w_.scale_offset) {
+        offset(w_.scale_2 == nullptr ? 0.0f : *w_.scale_offset),
+        log_bytes(w_.scale_2 != nullptr ? 0 : w_.scale_dtype == Dtype::kFloat32 ? 2 : 1),
+        loading(begin, operands_.steps),
+        storing(loading) {
     enter_tile();
     load();
   }
 
-  // Stores the numbers of the next step into its stage, and asks for those of the one after it.
-  __device__ __forceinline__ void store(uint8_t* stage, const BatchStage& layout) {
+  // How many steps the next group has; asks for the numbers of the one after it.
+  __device__ __forceinline__ int next_group() {
+    const int count = min(min(kGroup, operands.steps - loading.in_tile), end - loading.step);
 #pragma unroll
-    for (int i = 0; i < kLoaded; ++i) {
-      if (i >> operands.log_blocks == 0) store_numbers(stage, layout, i, numbers[i]);
+    for (int step = 0; step < kGroup; ++step) {
+#pragma unroll
+      for (int i = 0; i < kLoaded; ++i) {
+        scales[step][i] = scale_of_stored(numbers[step][i]) * multiplier;
+        if (!Shape::kScalesSums) shifts[step][i] = numbers[step][i].shift;
+      }
     }
-#pragma unroll 1
-    for (int i = kLoaded; i >> operands.log_blocks == 0; ++i) {
-      StoredNumbers more;
-      load_block(more, i);
-      store_numbers(stage, layout, i, more);
+    storing = loading;
+    loading.step += count, loading.in_tile += count;
+    if (loading.in_tile == operands.steps) {
+      loading.in_tile = 0, ++loading.tile;
+      if (loading.step < end) enter_tile();
     }
-    if (next.advance(operands.steps)) enter_tile();
-    if (next.step < end) load();
+    if (loading.step < end) load();
+    return count;
+  }
+
+  // Stores the numbers of step `step` of the group.
+  __device__ __forceinline__ void store(int step, uint32_t stage, const BatchStage& layout) const {
+    if (thread >= Shape::kRows) return;
+#pragma unroll
+    for (int now = 0; now < kGroup; ++now) {
+#pragma unroll
+      for (int i = 0; i < kLoaded; ++i) {
+        if (now != step || (i > 0 && i >> operands.log_blocks > 0)) continue;
+        store_number(stage, layout, i, scales[now][i], shifts[now][i]);
+      }
+    }
+    if (!Shape::kScalesSums) store_more(step, stage, layout);
   }
 
  private:
   __device__ __forceinline__ void enter_tile() {
-    const BatchTile tile(w, operands, Shape::kTokens, next.tile);
-    row_block = thread < tile.rows_left ? (tile.row + thread) * w.blocks_per_row : -1;
+    const BatchTile tile(w, operands, Shape{}, loading.tile);
+    cols = thread < min(tile.rows_left, Shape::kRows) ? static_cast<int>(w.cols) : 0;
+    first_block = (tile.row + thread) * w.blocks_per_row;
   }
 
   __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int i = 0; i < kLoaded; ++i) {
-      if (i >> operands.log_blocks == 0) load_block(numbers[i], i);
+    for (int step = 0; step < kGroup; ++step) {
+#pragma unroll
+      for (int i = 0; i < kLoaded; ++i) {
+        if (i == 0 || i >> operands.log_blocks == 0) load_block(numbers[step][i], loading.in_tile + step, i, cols);
+      }
     }
   }
 
-  // The numbers of block `i` of the next step; 0 past the end of the weight.
-  __device__ __forceinline__ void load_block(StoredNumbers& number, int i) const {
-    const int col = next.in_tile * Shape::kCols + i * (Shape::kCols >> operands.log_blocks);
+  // The numbers of block `i` of a step, 0 past the end of a row of `cols`.
+  __device__ __forceinline__ void load_block(StoredNumbers& number, int in_tile, int i, int cols) const {
+    const int col = in_tile * Shape::kCols + i * (Shape::kCols >> operands.log_blocks);
     number = {0, 0, 0.0f};
-    if (row_block >= 0 && col < w.cols) {
-      load_numbers(number, row_block + (w.block_shift < 0 ? 0 : col >> w.block_shift));
-    }
-  }
-
-  __device__ __forceinline__ void store_numbers(uint8_t* stage, const BatchStage& layout, int i,
-                                                const StoredNumbers& number) const {
-    const int entry = i * kBatchRows + thread;
-    reinterpret_cast<uint2*>(stage + layout.scales)[entry] = split_number<T>(scale_of_stored(number) * multiplier);
-    if (w.shifts != nullptr) {
-      reinterpret_cast<uint2*>(stage + layout.shifts)[entry] = split_number<T>(float_of_stored(number.shift));
-    }
-  }
-
-  __device__ __forceinline__ uint32_t load_bits(const void* buffer, int64_t index) const {
-    return w.scale_dtype == Dtype::kFloat32 ? static_cast<const uint32_t*>(buffer)[index]
-                                            : static_cast<const uint16_t*>(buffer)[index];
-  }
-
-  __device__ __forceinline__ void load_numbers(StoredNumbers& number, int64_t block) const {
-    if (w.scale_2 != nullptr) {
-      number.scale = static_cast<const uint8_t*>(w.scales)[block];
-      number.scale_2 = w.scale_2[block / kScalesPerScale2];
+    if (col >= cols) return;
+    const int64_t block = first_block + (w.block_shift < 0 ? 0 : col >> w.block_shift);
+    const uint8_t* from = static_cast<const uint8_t*>(w.scales) + (block << log_bytes);
+    if (log_bytes == 2) {
+      number.scale = *reinterpret_cast<const uint32_t*>(from);
+    } else if (log_bytes == 1) {
+      number.scale = *reinterpret_cast<const uint16_t*>(from);
     } else {
-      number.scale = load_bits(w.scales, block);
+      number.scale = *from;
+      number.scale_2 = w.scale_2[block / kScalesPerScale2];
     }
-    if (w.shifts != nullptr) number.shift = load_bits(w.shifts, block);
+    if (!Shape::kScalesSums && w.shifts != nullptr) number.shift = load_shift(block);
+  }
+
+  __device__ __forceinline__ uint32_t load_shift(int64_t block) const {
+    return w.scale_dtype == Dtype::kFloat32 ? static_cast<const uint32_t*>(w.shifts)[block]
+                                            : static_cast<const uint16_t*>(w.shifts)[block];
+  }
+
+  // Blocks smaller than a panel.
+  __device__ __forceinline__ void store_more(int step, uint32_t stage, const BatchStage& layout) const {
+    if (kLoaded >> operands.log_blocks != 0) return;
+    const BatchTile tile(w, operands, Shape{}, storing.tile);
+    BatchScaler row = *this;
+    row.first_block = (tile.row + thread) * w.blocks_per_row;
+#pragma unroll 1
+    for (int i = kLoaded; i >> operands.log_blocks == 0; ++i) {
+      StoredNumbers more;
+      row.load_block(more, storing.in_tile + step, i, thread < tile.rows_left ? static_cast<int>(w.cols) : 0);
+      store_number(stage, layout, i, scale_of_stored(more) * multiplier, more.shift);
+    }
+  }
+
+  __device__ __forceinline__ void store_number(uint32_t stage, const BatchStage& layout, int i, float scale,
+                                               uint32_t shift) const {
+    const uint32_t place = stage + (i * Shape::kRows + thread) * Shape::kNumberBytes;
+    if constexpr (Shape::kScalesSums) {
+      store_shared_4(place + layout.scales, __float_as_uint(scale));
+    } else {
+      store_shared_8(place + layout.scales, split_number<T>(scale));
+      if (w.shifts != nullptr) store_shared_8(place + layout.shifts, split_number<T>(float_of_stored(shift)));
+    }
   }
 
   __device__ __forceinline__ float float_of_stored(uint32_t bits) const {

@@ -8,17 +8,18 @@
 
 namespace lowbit {
 
-// Sums of up to 64 tokens and all rows of a tile, in the gaps of the table of codes. Rows change places by groups of 8, so
-// that lanes of a fragment, four tokens apart by two, meet no bank twice.
+// Sums of all rows of a tile and as many tokens as have room, in the gaps of the table of codes. Rows change places by
+// groups of 8, so that lanes of a fragment, four tokens apart by two, meet no bank twice.
+template <int kRows>
 struct BatchSums {
-  static constexpr int kTokens = kGapBytes / (kBatchRows * 4);
+  static constexpr int kTokens = kGapBytes / (kRows * 4);
   uint8_t* table;
 
   __device__ __forceinline__ uint8_t* in_gap(int byte) const {
     return table + byte / kGap * kTableStride + kGap + byte % kGap;
   }
   __device__ __forceinline__ float* at(int token, int row) const {
-    return reinterpret_cast<float*>(in_gap((token * kBatchRows + (row ^ (token >> 1 & 3) << 3)) * 4));
+    return reinterpret_cast<float*>(in_gap((token * kRows + (row ^ (token >> 1 & 3) << 3)) * 4));
   }
   __device__ __forceinline__ float4* four_at(int place) const { return reinterpret_cast<float4*>(in_gap(place * 16)); }
 };
@@ -26,11 +27,12 @@ struct BatchSums {
 template <typename T, typename Shape>
 struct Batch {
   using Engine = BatchEngine<T, Shape>;
-  static constexpr int kTokens = Shape::kTokens, kConsumers = Shape::kConsumers;
+  using Sums = BatchSums<Shape::kRows>;
+  static constexpr int kRows = Shape::kRows, kTokens = Shape::kTokens, kConsumers = Shape::kConsumers;
   const Weight& w;
   const BatchOperands& operands;
+  const BatchMaps& maps;
   uint8_t* table;
-  uint8_t* stages;
   // The shuffle tells the compiler that a warp has one value.
   int warp = __shfl_sync(kWholeWarp, threadIdx.x / 32, 0);
   int lane = threadIdx.x % 32;
@@ -38,26 +40,28 @@ struct Batch {
   BatchStage layout;
   Ring ring;
 
-  __device__ __forceinline__ Batch(const Weight& w_, const BatchOperands& operands_, uint8_t* memory)
+  __device__ __forceinline__ Batch(const Weight& w_, const BatchOperands& operands_, const BatchMaps& maps_,
+                                   uint8_t* memory)
       : w(w_),
         operands(operands_),
+        maps(maps_),
         table(memory),
-        stages(memory + kTableBytes),
         share{operands_.steps_each, operands_.steps_rest},
         layout(BatchStage::of(w_, operands_, Shape{})),
-        ring{shared_address(memory) + kTableBytes + operands_.stages * layout.bytes, operands_.stages} {}
+        ring(shared_address(memory) + kTableBytes, operands_.stage_bytes, operands_.stages) {}
 
   __device__ __forceinline__ void run() {
     if (blockDim.x != Shape::kThreads) __trap();
     const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
-    if (threadIdx.x < ring.stages) {
-      init_barrier(ring.full(threadIdx.x), Shape::kCopiers + Shape::kScalers);
-      init_barrier(ring.free(threadIdx.x), kConsumers / 32);
+    if (threadIdx.x < operands.stages) {
+      init_barrier(ring.barriers + threadIdx.x * 16, kArrivals);
+      init_barrier(ring.barriers + threadIdx.x * 16 + 8, kConsumers / 32);
+      publish_to_products();  // to the copy engine, too
     }
     __syncthreads();
     if (begin == end) return;
     if (warp < kConsumers / 32) {
-      take_registers<Shape>();
+      take_registers();
       if (w.bits == 4) {
         const BatchCodebook codebook(w, lane);
         write_pair_table<T>(table, codebook.value * codebook.inverse, warp, kConsumers / 32, lane);
@@ -65,46 +69,64 @@ struct Batch {
       }
       consume(begin, end);
     } else {
-      leave_registers<Shape>();
-      const int thread = threadIdx.x - kConsumers;
-      if (thread < Shape::kCopiers) copy(begin, end, thread);
-      else scale(begin, end, thread - Shape::kCopiers);
+      leave_registers();
+      produce(begin, end, threadIdx.x - kConsumers);
     }
   }
 
  private:
-  // Copies of half a ring are under way before the oldest is waited for. Whoever wrote what wgmma reads has to publish it
-  // after it has arrived: consumers cannot.
-  __device__ __forceinline__ void copy(int begin, int end, int thread) {
+#if defined(LOWBIT_HAS_WGMMA)
+
+  // A warp arrives when its scales are stored; the copy engine tells of the rest.
+  static constexpr int kArrivals = Shape::kProducers / 32;
+
+  __device__ __forceinline__ void produce(int begin, int end, int thread) {
+    const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
+    BatchTiles<Shape> tiles(w, operands, maps, layout, begin);
+    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    RingPlace place(ring);
+    for (int left = end - begin; left > 0;) {
+      const int count = scaler.next_group();
+#pragma unroll
+      for (int step = 0; step < scaler.kGroup; ++step) {
+        if (step == count) break;
+        wait_for_phase(place.free(), place.parity ^ 1);
+        if (thread == 0) tiles.copy_step(place.stage, place.full());
+        scaler.store(step, place.stage, layout);
+        __syncwarp();
+        if (lane == 0) arrive(place.full());
+        place.advance(ring);
+      }
+      left -= count;
+    }
+  }
+
+#else
+
+  static constexpr int kArrivals = Shape::kProducers;
+
+  // Copies of half a ring are under way before the oldest is waited for.
+  __device__ __forceinline__ void produce(int begin, int end, int thread) {
+    const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
     BatchCopier<Shape> copier(w, operands, layout, begin, thread);
-    const int ahead = ring.stages / 2;
-    RingPlace place, published;
+    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    const int ahead = operands.stages / 2;
+    RingPlace place(ring), published(ring);
+    int in_group = 0, group = 0;
 #pragma unroll 1
     for (int step = begin; step < end + ahead; ++step) {
       if (step < end) {
-        wait_for_phase(ring.free(place.stage), place.parity ^ 1);
-        copier.copy_step(shared_address(stages) + place.stage * layout.bytes);
-        place.advance(ring.stages);
+        wait_for_phase(place.free(), place.parity ^ 1);
+        copier.copy_step(place.stage);
+        if (in_group == group) in_group = 0, group = scaler.next_group();
+        scaler.store(in_group++, place.stage, layout);
+        place.advance(ring);
       }
       commit_copies();
       if (step - begin < ahead) continue;
       wait_for_all_but(ahead);
-      publish_to_products();
-      arrive(ring.full(published.stage));
-      published.advance(ring.stages);
-    }
-  }
-
-  __device__ __forceinline__ void scale(int begin, int end, int thread) {
-    const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
-    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
-    RingPlace place;
-#pragma unroll 1
-    for (int step = begin; step < end; ++step) {
-      wait_for_phase(ring.free(place.stage), place.parity ^ 1);
-      scaler.store(stages + place.stage * layout.bytes, layout);
-      arrive(ring.full(place.stage));
-      place.advance(ring.stages);
+      arrive(published.full());
+      published.advance(ring);
     }
   }
 
@@ -118,25 +140,16 @@ struct Batch {
     }
   }
 
+#endif
+
   __device__ __forceinline__ void consume(int begin, int end) {
-    const int slice = Engine::slice(warp) * Engine::kSixteenths;
-    const BatchDecoder<T, Shape> decoder(w, operands, layout, table, Engine::row(warp, 0), slice, lane);
-    const uint32_t base = kept(shared_address(stages)), bytes = kept(layout.bytes);
-    const int count = ring.stages;
-    Engine engine(slice);
-    RingPlace place;
+    Engine engine(w, operands, layout, table, warp, lane);
+    RingPlace place(ring);
     for (int step = begin; step < end;) {
       const int tile = step / operands.steps, tile_end = min((tile + 1) * operands.steps, end);
       engine.clear();
-#pragma unroll 1
-      for (; step < tile_end; ++step) {
-        wait_for_phase(ring.full(place.stage), place.parity);
-        multiply(engine, decoder, base + place.stage * bytes);
-        __syncwarp();
-        if (lane == 0) arrive(ring.free(place.stage));
-        place.advance(count);
-      }
-      engine.finish();
+      engine.multiply(ring, place, tile_end - step);
+      step = tile_end;
       finish_tile(engine, tile);
     }
   }
@@ -144,19 +157,9 @@ struct Batch {
   // Among the threads that multiply.
   __device__ __forceinline__ void sync_consumers() const { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
 
-  __device__ __forceinline__ void multiply(Engine& engine, const BatchDecoder<T, Shape>& decoder, uint32_t stage) {
-#pragma unroll
-    for (int first = 0; first < Engine::kSixteenths; first += Engine::kChunk) {
-      uint32_t a[Engine::kRowTiles][Engine::kChunk][4];
-#pragma unroll
-      for (int i = 0; i < Engine::kRowTiles; ++i) decoder.decode(a[i], stage, i, first);
-      engine.multiply(a, stage, first);
-    }
-  }
-
   // Writes a tile, or what this CTA has of it.
   __device__ __forceinline__ void finish_tile(Engine& engine, int index) {
-    const BatchTile tile(w, operands, kTokens, index);
+    const BatchTile tile(w, operands, Shape{}, index);
     const int first = share.owner(index * operands.steps), last = share.owner((index + 1) * operands.steps - 1);
     add_slices(engine, tile.tokens_left);
     if (first != last) {
@@ -177,7 +180,7 @@ struct Batch {
   __device__ __forceinline__ void add_slices(Engine& engine, int tokens_left) {
     if constexpr (Engine::kSlices == 1) return;
     static_assert(Engine::kSlices <= 2, "one slice beside the first");
-    constexpr int kRoom = BatchSums::kTokens / 8;
+    constexpr int kRoom = Sums::kTokens / 8;
 #pragma unroll
     for (int begin = 0; begin < kEights; begin += kRoom) {
       if (begin * 8 >= tokens_left) break;
@@ -190,7 +193,7 @@ struct Batch {
 #pragma unroll
           for (int n = begin; n < kEights && n < begin + kRoom; ++n) {
             const int place = (i * kRoom + n - begin) * kSliceThreads + threadIdx.x % kSliceThreads;
-            float4& sums = *BatchSums{table}.four_at(place);
+            float4& sums = *Sums{table}.four_at(place);
             float(&d)[4] = engine.d[i][n];
             if (slice == 1) sums = make_float4(d[0], d[1], d[2], d[3]);
             else d[0] += sums.x, d[1] += sums.y, d[2] += sums.z, d[3] += sums.w;
@@ -232,21 +235,21 @@ struct Batch {
 
   __device__ __forceinline__ float* partial_of(int cta, int index) const {
     const int place = 2 * cta + (index * operands.steps > share.begin(cta) ? 1 : 0);
-    return operands.partials + static_cast<int64_t>(place) * kTokens * kBatchRows;
+    return operands.partials + static_cast<int64_t>(place) * kTokens * kRows;
   }
 
-  // Turns the first slice's sums, up to 64 tokens at a time, from fragments into rows of results.
+  // Turns the first slice's sums, as many tokens at a time as have room, from fragments into rows of results.
   __device__ __forceinline__ void write_tile(const Engine& engine, const BatchTile& tile) {
-    const BatchSums sums{table};
+    const Sums sums{table};
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int token = 0; token < kTokens; token += BatchSums::kTokens) {
+    for (int token = 0; token < kTokens; token += Sums::kTokens) {
       if (token >= tile.tokens_left) break;
       sync_consumers();
 #pragma unroll
       for (int i = 0; i < Engine::kRowTiles; ++i) {
 #pragma unroll
-        for (int n = token / 8; n < kEights && n < (token + BatchSums::kTokens) / 8; ++n) {
+        for (int n = token / 8; n < kEights && n < (token + Sums::kTokens) / 8; ++n) {
           if (Engine::slice(warp) != 0) break;
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
@@ -255,9 +258,9 @@ struct Batch {
         }
       }
       sync_consumers();
-      const int tokens = min(min(kTokens, tile.tokens_left) - token, BatchSums::kTokens);
-      for (int i = threadIdx.x; i < tokens * (kBatchRows / 4); i += kConsumers) {
-        const int of = i / (kBatchRows / 4), row = i % (kBatchRows / 4) * 4;
+      const int tokens = min(min(kTokens, tile.tokens_left) - token, Sums::kTokens);
+      for (int i = threadIdx.x; i < tokens * (kRows / 4); i += kConsumers) {
+        const int of = i / (kRows / 4), row = i % (kRows / 4) * 4;
         write(tile, token + of, row, *reinterpret_cast<const float4*>(sums.at(of, row)));
       }
     }
@@ -310,11 +313,12 @@ struct Batch {
 
 }  // namespace lowbit
 
-// An entry for a type of activations, tokens of a tile and panels of a step.
-#define LOWBIT_BATCH(type, tokens, panels)                                                                  \
-  extern "C" __global__ void                                                                                   \
-      __launch_bounds__(lowbit::BatchShape<tokens, panels>::kThreads, 1) linear_batch_##type##_##tokens(    \
-      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands) {   \
-    extern __shared__ __align__(1024) uint8_t memory[];                                                     \
-    lowbit::Batch<lowbit::type, lowbit::BatchShape<tokens, panels>>(w, operands, memory).run();             \
+// An entry for a type of activations and the parameters of a BatchShape, of which the first is the tokens of a tile.
+#define LOWBIT_BATCH(name, type, tokens, ...)                                                                     \
+  extern "C" __global__ void                                                                                      \
+      __launch_bounds__(lowbit::BatchShape<tokens, __VA_ARGS__>::kThreads, 1) name##_##type##_##tokens(           \
+      const __grid_constant__ lowbit::Weight w, const __grid_constant__ lowbit::BatchOperands operands,           \
+      const __grid_constant__ lowbit::BatchMaps maps) {                                                           \
+    extern __shared__ __align__(1024) uint8_t memory[];                                                           \
+    lowbit::Batch<lowbit::type, lowbit::BatchShape<tokens, __VA_ARGS__>>(w, operands, maps, memory).run();        \
   }

@@ -1,6 +1,6 @@
 // How linear_batch is shared out: tiles of the result, steps along the in-features, and a range of steps for each CTA.
 //
-// A tile is 128 rows of the weight times kTokens tokens. All steps of all tiles stand in one line, tile after tile, and
+// A tile is kRows rows of the weight times kTokens tokens. All steps of all tiles stand in one line, tile after tile, and
 // every CTA takes as many consecutive ones as the others. So a CTA may begin in the middle of a tile and end in the
 // middle of another: what it has of them goes to the workspace, and the CTA that comes last adds the parts up, in the
 // order of the CTAs.
@@ -8,33 +8,35 @@
 
 #include "dtype.cuh"
 #include "weight.cuh"
+#include "tensor_map.cuh"
 #include "wgmma.cuh"
 
 namespace lowbit {
 
-// Rows of a tile.
-constexpr int kBatchRows = 128;
-
-// The sizes of a kernel: tokens of a tile, and steps of one or two panels of 64 in-features, 128 bytes of a token.
-template <int kTokens_, int kPanels_>
+// The sizes of a kernel: tokens of a tile, and steps of one or two panels of 64 in-features, 128 bytes of a token. Scales are
+// applied to the weights, or with `kScalesSums` to the fp32 sums over a panel: that is less work for few tokens, but takes
+// registers for two sums, blocks of at least a panel and no shifts. kChunk: 16 in-features each that are decoded at a time.
+template <int kTokens_, int kPanels_, bool kScalesSums_ = false, int kChunk_ = 4>
 struct BatchShape {
+  static constexpr int kRows = 128;  // of a tile
   static constexpr int kTokens = kTokens_;
   static constexpr int kPanels = kPanels_;
-  // Four warps copy activations and codes, four bring scales. With wgmma sixteen multiply where their registers suffice:
-  // they wait in turns.
-  static constexpr int kCopiers = 128;
-  static constexpr int kScalers = 128;
+  static constexpr bool kScalesSums = kScalesSums_;
+  static constexpr int kChunk = kChunk_;
+  static constexpr int kConsumers = 256;  // threads that multiply
 #if defined(LOWBIT_HAS_WGMMA)
-  static constexpr int kConsumers = kTokens <= 96 ? 512 : 256;
+  // A thread for each row brings scales, and the first one asks the copy engine for the rest.
+  static constexpr int kProducers = kRows;
 #else
-  static constexpr int kConsumers = 256;
+  static constexpr int kProducers = 256;
 #endif
-  static constexpr int kThreads = kConsumers + kCopiers + kScalers;
+  static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kPanelBytes = 128 * kTokens;
   static constexpr int kCols = 64 * kPanels;  // of a step
   static constexpr int kChunks = kCols / 8;   // of 16 bytes, of a token
   static constexpr int kSixteenths = kCols / 16;
-  static constexpr int kMaxBlocks = kCols / 16;  // of a row in a step
+  // Of a scale or a shift in a stage: fp32, or two parts, each of them twice.
+  static constexpr int kNumberBytes = kScalesSums ? 4 : 8;
 };
 
 // One call, mirrored by the host.
@@ -42,7 +44,7 @@ struct BatchOperands {
   const void* x;       // [tokens, cols] of T, rows x_stride elements apart; 16-byte aligned, x_stride a multiple of 8
   const void* bias;    // [rows] of bias_dtype, or null
   void* out;           // [tokens, rows] of T
-  float* partials;     // two tiles of [kTokens][kBatchRows] for every CTA, where tiles are shared
+  float* partials;     // two tiles of [kTokens][kRows] for every CTA, where tiles are shared
   uint32_t* arrivals;  // a counter for each tile: 0, and 0 again when the kernel is done
   uint32_t x_stride;
   int32_t tokens;
@@ -53,9 +55,15 @@ struct BatchOperands {
   int32_t steps_rest;  // this many CTAs take one step more
   int32_t stages;      // of the ring in shared memory
   int32_t log_blocks;  // log2 of the blocks of scales of a row in a step
-  int32_t reserved;
+  int32_t stage_bytes;
 };
 static_assert(sizeof(BatchOperands) == 80, "as the host lays it out");
+
+// For the copy engine of compute capability 9.0: x in boxes of kTokens tokens and a panel, swizzled by 128 bytes, and codes in
+// boxes of kRows rows and the bytes of a step, swizzled by as many bytes. What is outside reads as 0.
+struct BatchMaps {
+  TensorMap x, codes;
+};
 
 // A range of steps for each CTA.
 struct StepShare {
@@ -74,10 +82,11 @@ struct BatchTile {
   int row, rows_left;
   int token, tokens_left;
 
-  __device__ __forceinline__ BatchTile(const Weight& w, const BatchOperands& operands, int tile_tokens, int index) {
+  template <typename Shape>
+  __device__ __forceinline__ BatchTile(const Weight& w, const BatchOperands& operands, Shape, int index) {
     const int row_tile = index / operands.token_tiles;
-    row = row_tile * kBatchRows;
-    token = (index - row_tile * operands.token_tiles) * tile_tokens;
+    row = row_tile * Shape::kRows;
+    token = (index - row_tile * operands.token_tiles) * Shape::kTokens;
     rows_left = static_cast<int>(w.rows) - row;
     tokens_left = operands.tokens - token;
   }
@@ -100,18 +109,16 @@ struct StepCursor {
   }
 };
 
-// A stage of the ring: activations [panel][kTokens][128 bytes], codes [128 rows][32 or 64 bytes a panel], then scales
-// [blocks][128 rows][8 bytes] and, where there are any, shifts likewise. Chunks of 16 bytes of a token's panel change places
+// A stage of the ring: activations [panel][kTokens][128 bytes], codes [kRows][32 or 64 bytes a panel], then scales
+// [blocks][kRows][kNumberBytes] and, where there are any, shifts likewise. Chunks of 16 bytes of a token's panel change places
 // as the tensor cores want them ("128-byte swizzle"): stages begin where 1024 bytes do.
 struct BatchStage {
-  uint32_t codes, scales, shifts, bytes;
+  uint32_t codes, scales, shifts;
 
   template <typename Shape>
   static __device__ __forceinline__ BatchStage of(const Weight& w, const BatchOperands& operands, Shape) {
-    const uint32_t codes = Shape::kPanels * Shape::kPanelBytes, scales = codes + kBatchRows * Shape::kCols / 8 * w.bits;
-    const uint32_t numbers = kBatchRows * 8 << operands.log_blocks;
-    const uint32_t end = scales + (w.shifts == nullptr ? numbers : 2 * numbers);
-    return {codes, scales, scales + numbers, (end + 1023) & ~1023u};
+    const uint32_t codes = Shape::kPanels * Shape::kPanelBytes, scales = codes + Shape::kRows * Shape::kCols / 8 * w.bits;
+    return {codes, scales, scales + (Shape::kRows * Shape::kNumberBytes << operands.log_blocks)};
   }
 };
 

@@ -15,6 +15,13 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
+// The phase does not end before so many bytes more have been copied.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
 __device__ __forceinline__ bool is_over(uint32_t barrier, uint32_t parity) {
   uint32_t result;
 #if __CUDA_ARCH__ >= 900
@@ -33,22 +40,27 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, uint32_t parity
   }
 }
 
-// A ring of stages that producers fill and consumers free: two barriers a stage.
+// A ring of stages that producers fill and consumers free: two barriers a stage, which come after the stages.
 struct Ring {
-  uint32_t barriers;  // [stages][full, free], 8 bytes each
-  int stages;
+  uint32_t stages, stage_bytes, barriers, end;  // addresses in shared memory; barriers are [stages][full, free], 8 bytes each
 
-  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + stage * 16; }
-  __device__ __forceinline__ uint32_t free(int stage) const { return barriers + stage * 16 + 8; }
+  __device__ __forceinline__ Ring(uint32_t stages_, int stage_bytes_, int count)
+      : stages(stages_), stage_bytes(stage_bytes_), barriers(stages_ + count * stage_bytes_), end(barriers + count * 16) {}
 };
 
 // A place in a ring, and the parity of its phase.
 struct RingPlace {
-  int stage = 0;
+  uint32_t stage, barrier;
   uint32_t parity = 0;
 
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
+  __device__ __forceinline__ explicit RingPlace(const Ring& ring) : stage(ring.stages), barrier(ring.barriers) {}
+
+  __device__ __forceinline__ uint32_t full() const { return barrier; }
+  __device__ __forceinline__ uint32_t free() const { return barrier + 8; }
+  __device__ __forceinline__ void advance(const Ring& ring) {
+    stage += ring.stage_bytes;
+    barrier += 16;
+    if (barrier == ring.end) stage = ring.stages, barrier = ring.barriers, parity ^= 1;
   }
 };
 

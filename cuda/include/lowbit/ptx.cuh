@@ -95,6 +95,13 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
   return value;
 }
 
+__device__ __forceinline__ void store_shared_4(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+__device__ __forceinline__ void store_shared_8(uint32_t to, const uint2& value) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(value.x), "r"(value.y) : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8, and gets two numbers of
 // row l / 4 of each.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {

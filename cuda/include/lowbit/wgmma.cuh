@@ -20,7 +20,8 @@ __device__ __forceinline__ void wait_for_products() {
 
 }  // namespace lowbit
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The pass over the code of the host, which names kernels, has to find all of them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define LOWBIT_HAS_WGMMA 1
 
 namespace lowbit {
@@ -44,8 +45,12 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t lower) {
 // d += a b, of kTokens columns: a warp's rows are 16, and lanes hold of a and d what they do in `multiply_tile`.
 template <typename T, int kTokens>
 __device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
+// d = a b.
+template <typename T, int kTokens>
+__device__ __forceinline__ void multiply_first_group(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 
 #define LOWBIT_FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define LOWBIT_NEW_FOUR(d) "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
 #define LOWBIT_MULTIPLY_32(T, name) \
   template <> \
   __device__ __forceinline__ void multiply_group<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
@@ -53,6 +58,15 @@ __device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
                  "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;" \
                  : LOWBIT_FOUR(d[0]), LOWBIT_FOUR(d[1]), LOWBIT_FOUR(d[2]), LOWBIT_FOUR(d[3]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+#define LOWBIT_MULTIPLY_FIRST_32(T, name) \
+  template <> \
+  __device__ __forceinline__ void multiply_first_group<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
+                 "{%16, %17, %18, %19}, %20, 0, 1, 1, 0;" \
+                 : LOWBIT_NEW_FOUR(d[0]), LOWBIT_NEW_FOUR(d[1]), LOWBIT_NEW_FOUR(d[2]), LOWBIT_NEW_FOUR(d[3]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 #define LOWBIT_MULTIPLY_64(T, name) \
@@ -64,6 +78,17 @@ __device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a
                  "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;" \
                  : LOWBIT_FOUR(d[0]), LOWBIT_FOUR(d[1]), LOWBIT_FOUR(d[2]), LOWBIT_FOUR(d[3]), \
                    LOWBIT_FOUR(d[4]), LOWBIT_FOUR(d[5]), LOWBIT_FOUR(d[6]), LOWBIT_FOUR(d[7]) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+  }
+#define LOWBIT_MULTIPLY_FIRST_64(T, name) \
+  template <> \
+  __device__ __forceinline__ void multiply_first_group<T, 64>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
+                 "{%32, %33, %34, %35}, %36, 0, 1, 1, 0;" \
+                 : LOWBIT_NEW_FOUR(d[0]), LOWBIT_NEW_FOUR(d[1]), LOWBIT_NEW_FOUR(d[2]), LOWBIT_NEW_FOUR(d[3]), \
+                   LOWBIT_NEW_FOUR(d[4]), LOWBIT_NEW_FOUR(d[5]), LOWBIT_NEW_FOUR(d[6]), LOWBIT_NEW_FOUR(d[7]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 #define LOWBIT_MULTIPLY_128(T, name) \
@@ -81,23 +106,33 @@ __device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a
                    LOWBIT_FOUR(d[12]), LOWBIT_FOUR(d[13]), LOWBIT_FOUR(d[14]), LOWBIT_FOUR(d[15]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
+LOWBIT_MULTIPLY_FIRST_32(bfloat16, "bf16")
+LOWBIT_MULTIPLY_FIRST_32(float16, "f16")
+LOWBIT_MULTIPLY_FIRST_64(bfloat16, "bf16")
+LOWBIT_MULTIPLY_FIRST_64(float16, "f16")
 LOWBIT_MULTIPLY_32(bfloat16, "bf16")
 LOWBIT_MULTIPLY_32(float16, "f16")
 LOWBIT_MULTIPLY_64(bfloat16, "bf16")
 LOWBIT_MULTIPLY_64(float16, "f16")
 LOWBIT_MULTIPLY_128(bfloat16, "bf16")
 LOWBIT_MULTIPLY_128(float16, "f16")
+#undef LOWBIT_MULTIPLY_FIRST_32
+#undef LOWBIT_MULTIPLY_FIRST_64
 #undef LOWBIT_MULTIPLY_32
 #undef LOWBIT_MULTIPLY_64
 #undef LOWBIT_MULTIPLY_128
 #undef LOWBIT_FOUR
+#undef LOWBIT_NEW_FOUR
 
-// The tokens of a tile by the largest products that they are made of; `x` describes the first.
-template <typename T, int kTokens>
+// The tokens of a tile by the largest products that they are made of; `x` describes the first. With `kIsFirst`, d = a b.
+template <typename T, int kTokens, bool kIsFirst>
 __device__ __forceinline__ void multiply_tokens(float (*d)[4], const uint32_t (&a)[4], uint32_t x) {
-  constexpr int kFirst = kTokens >= 128 ? 128 : kTokens >= 64 ? 64 : 32;
-  multiply_group<T, kFirst>(d, a, whole_descriptor(x));
-  if constexpr (kTokens > kFirst) multiply_tokens<T, kTokens - kFirst>(d + kFirst / 8, a, x + kFirst * 128 / 16);
+  constexpr int kFirst = kTokens >= 128 && !kIsFirst ? 128 : kTokens >= 64 ? 64 : 32;
+  if constexpr (kIsFirst) multiply_first_group<T, kFirst>(d, a, whole_descriptor(x));
+  else multiply_group<T, kFirst>(d, a, whole_descriptor(x));
+  if constexpr (kTokens > kFirst) {
+    multiply_tokens<T, kTokens - kFirst, kIsFirst>(d + kFirst / 8, a, x + kFirst * 128 / 16);
+  }
 }
 
 }  // namespace lowbit

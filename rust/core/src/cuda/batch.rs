@@ -12,35 +12,39 @@ struct Kernel {
     tokens: usize,
     /// Panels of 64 in-features in a step.
     panels: usize,
-    /// Threads with wgmma and without; none where there is no such kernel.
-    threads: [Option<u32>; 2],
-    /// Nanoseconds of a step on a busy H200, with wgmma and without.
-    step: [f64; 2],
+    /// Whether it applies scales to sums: for blocks of at least a panel, and no shifts.
+    scales_sums: bool,
+    /// Nanoseconds of a step on a busy GPU with wgmma (H100) and without (H200); none where there is no such kernel.
+    step: [Option<f64>; 2],
 }
 
 macro_rules! kernel {
-    ($image:literal, $tokens:literal, $panels:literal, $threads:expr, $step:expr) => {
+    ($image:literal, $tokens:literal, $panels:literal, $scales_sums:literal, $step:expr) => {
         Kernel {
             image: $image,
-            entries: [concat!("linear_batch_float16_", $tokens), concat!("linear_batch_bfloat16_", $tokens)],
+            entries: [concat!($image, "_float16_", $tokens), concat!($image, "_bfloat16_", $tokens)],
             tokens: $tokens,
             panels: $panels,
-            threads: $threads,
+            scales_sums: $scales_sums,
             step: $step,
         }
     };
 }
 
-/// Step times were fitted to `benches/cuda/linear_batch.cu`, NF4, on an H200.
+/// Step times were fitted to `benches/cuda/linear_batch.cu`, NF4.
 const KERNELS: &[Kernel] = &[
-    kernel!("linear_batch", 32, 2, [Some(768), Some(512)], [790.0, 1040.0]),
-    kernel!("linear_batch", 64, 2, [Some(768), Some(512)], [840.0, 1370.0]),
-    kernel!("linear_batch_wide", 96, 2, [Some(768), None], [1000.0, 0.0]),
-    kernel!("linear_batch_wide", 128, 1, [Some(512), None], [610.0, 0.0]),
-    kernel!("linear_batch_wide", 192, 1, [Some(512), None], [760.0, 0.0]),
-    kernel!("linear_batch_wide", 256, 1, [Some(512), None], [1120.0, 0.0]),
+    kernel!("linear_batch_narrow", 32, 2, true, [Some(610.0), None]),
+    kernel!("linear_batch_narrow", 64, 2, true, [Some(780.0), None]),
+    kernel!("linear_batch_narrow", 96, 2, true, [Some(930.0), None]),
+    kernel!("linear_batch", 32, 2, false, [Some(790.0), Some(1040.0)]),
+    kernel!("linear_batch", 64, 2, false, [Some(960.0), Some(1370.0)]),
+    kernel!("linear_batch_wide", 128, 1, false, [Some(580.0), None]),
+    kernel!("linear_batch_wide", 192, 1, false, [Some(720.0), None]),
+    kernel!("linear_batch_wide", 256, 1, false, [Some(880.0), None]),
 ];
 
+/// Threads with wgmma and without.
+const THREADS: [u32; 2] = [384, 512];
 /// Nanoseconds of a kernel beside its steps: to start and to end; and to share tiles. Each with a part for a token of a tile.
 const START: [f64; 2] = [4000.0, 17.0];
 const SHARING: [f64; 2] = [4000.0, 95.0];
@@ -53,8 +57,9 @@ const PRODUCT: f64 = 3000.0;
 const PRODUCT_BYTES: f64 = 3900.0;
 const PRODUCT_OPERATIONS: f64 = 680_000.0;
 
-/// Rows of a tile, `kBatchRows`, and what is in shared memory, in bytes.
+/// Rows of a tile, in-features of a panel, and what is in shared memory, in bytes.
 const TILE_ROWS: usize = 128;
+const PANEL: usize = 64;
 const TABLE_BYTES: usize = 64 << 10;
 const BARRIER_BYTES: usize = 16;
 const MAX_STAGES: usize = 8;
@@ -78,6 +83,7 @@ pub(super) struct BatchShare {
     pub(super) stages: i32,
     /// log2 of the blocks of a row in a step.
     pub(super) log_blocks: i32,
+    pub(super) stage_bytes: i32,
 }
 
 /// A kernel, its launch, and the workspace that it needs.
@@ -86,6 +92,15 @@ pub(super) struct BatchPlan {
     pub(super) plan: Plan,
     pub(super) share: BatchShare,
     pub(super) sizes: BatchSizes,
+    /// What the copy engine brings at a time, where there is one.
+    pub(super) boxes: Option<Boxes>,
+}
+
+/// `BatchMaps` of `cuda/include/lowbit/batch_plan.cuh`: columns and rows, of activations and of bytes of codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Boxes {
+    pub(super) x: [u32; 2],
+    pub(super) codes: [u32; 2],
 }
 
 /// Elements of the workspace of a product; none of either where every tile has one CTA.
@@ -133,7 +148,10 @@ impl Kernel {
     fn plan(&self, problem: &Problem, capability: Capability) -> Option<(f64, BatchPlan)> {
         let layout = &problem.layout;
         let way = usize::from(capability.compute != WGMMA);
-        let threads = self.threads[way]?;
+        let step = self.step[way]?;
+        if self.scales_sums && (problem.spec.format.has_shift() || layout.block_size < PANEL.min(layout.cols)) {
+            return None;
+        }
         let stage = self.stage_bytes(problem);
         let room = (capability.shared_bytes as usize).checked_sub(TABLE_BYTES)? / (stage + BARRIER_BYTES);
         let stages = room.min(MAX_STAGES);
@@ -143,7 +161,7 @@ impl Kernel {
         if stages < MIN_STAGES || tiles > MAX_TILES || i32::try_from(tiles * steps).is_err() {
             return None;
         }
-        let (time, grid) = self.grid(tiles, steps, capability, way);
+        let (time, grid) = self.grid(tiles, steps, capability, step);
         let total = tiles * steps;
         let is_shared = !total.is_multiple_of(grid) || !(total / grid).is_multiple_of(steps);
         let partials = if is_shared { 2 * grid * self.tokens * TILE_ROWS } else { 0 };
@@ -151,7 +169,7 @@ impl Kernel {
             image: self.image,
             entry: self.entries[usize::from(problem.dtype == Dtype::Bfloat16)],
             grid: [grid as u32, 1],
-            threads,
+            threads: THREADS[way],
             shared_bytes: (TABLE_BYTES + stages * (stage + BARRIER_BYTES)) as u32,
             is_dependent: false,
             share: Share::default(),
@@ -163,20 +181,24 @@ impl Kernel {
             steps_rest: (tiles * steps % grid) as i32,
             stages: stages as i32,
             log_blocks: (self.cols() / layout.block_size).max(1).trailing_zeros() as i32,
+            stage_bytes: stage as i32,
         };
         let sizes = BatchSizes { partials, arrivals: if is_shared { tiles } else { 0 } };
-        Some((time, BatchPlan { plan, share, sizes }))
+        let boxes = (way == 0).then(|| Boxes {
+            x: [PANEL as u32, self.tokens as u32],
+            codes: [(self.cols() * layout.bits / 8) as u32, TILE_ROWS as u32],
+        });
+        Some((time, BatchPlan { plan, share, sizes, boxes }))
     }
 
     /// In-features of a step.
     fn cols(&self) -> usize {
-        64 * self.panels
+        PANEL * self.panels
     }
 
     /// Whole tiles for every CTA, or an equal share of the steps, whichever takes less time.
-    fn grid(&self, tiles: usize, steps: usize, capability: Capability, way: usize) -> (f64, usize) {
+    fn grid(&self, tiles: usize, steps: usize, capability: Capability, step: f64) -> (f64, usize) {
         let most = capability.multiprocessors as usize;
-        let step = self.step[way];
         let fixed = |[once, a_token]: [f64; 2]| once + a_token * self.tokens as f64;
         let whole = fixed(START) + (tiles.div_ceil(most) * steps) as f64 * step;
         let shared_grid = most.min(tiles * steps);
@@ -188,7 +210,8 @@ impl Kernel {
         let layout = &problem.layout;
         let blocks = (self.cols() / layout.block_size).max(1);
         let numbers = if problem.spec.format.has_shift() { 2 } else { 1 };
-        let bytes = self.cols() * (2 * self.tokens + TILE_ROWS * layout.bits / 8) + TILE_ROWS * 8 * blocks * numbers;
+        let number = if self.scales_sums { 4 } else { 8 };
+        let bytes = self.cols() * (2 * self.tokens + TILE_ROWS * layout.bits / 8) + TILE_ROWS * number * blocks * numbers;
         bytes.next_multiple_of(1024)
     }
 }
@@ -229,7 +252,7 @@ mod tests {
     fn few_tokens_keep_the_weight_packed_and_many_unpack_it() {
         let nf4 = |tokens| problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), tokens);
         let (few, is_faster) = plan(&nf4(32), HOPPER).expect("a kernel");
-        assert_eq!((few.plan.entry, few.plan.threads, is_faster), ("linear_batch_bfloat16_32", 768, true));
+        assert_eq!((few.plan.entry, few.plan.threads, is_faster), ("linear_batch_narrow_bfloat16_32", 384, true));
         assert_eq!(plan(&nf4(32), AMPERE).expect("a kernel").0.plan.threads, 512);
         assert!(!plan(&nf4(8192), HOPPER).expect("a kernel").1);
     }

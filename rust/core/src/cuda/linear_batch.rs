@@ -1,10 +1,11 @@
 //! `y = x @ W^T + bias` for more tokens than [`linear`](super::linear()) takes, where a kernel does that in less time than
 //! unpacking the weight.
 
-use super::batch::{self, BatchPlan, BatchShare, BatchSizes};
+use super::batch::{self, BatchPlan, BatchShare, BatchSizes, Boxes};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::{DeviceActivations, is_vectorized};
 use super::plan::{Operation, Problem};
+use super::tensor_map::{Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
 use crate::{Error, Result};
@@ -31,13 +32,45 @@ struct Operands {
     tokens: i32,
     bias_dtype: i32,
     share: BatchShare,
-    reserved: i32,
 }
 
 const _: () = assert!(size_of::<Operands>() == 80, "as batch_plan.cuh has it");
 
 // SAFETY: `repr(C)`, the fields of `BatchOperands` in `batch_plan.cuh`.
 unsafe impl Argument for Operands {}
+
+/// For the copy engine, as the kernels get it; they do not look at it where there is none.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Maps {
+    x: TensorMap,
+    codes: TensorMap,
+}
+
+// SAFETY: `repr(C)`, the fields of `BatchMaps` in `batch_plan.cuh`.
+unsafe impl Argument for Maps {}
+
+impl Maps {
+    fn new(weight: &DeviceWeight, x: &DeviceActivations, boxes: Option<Boxes>) -> Result<Self> {
+        let Some(boxes) = boxes else { return Ok(Self { x: TensorMap::unused(), codes: TensorMap::unused() }) };
+        let layout = weight.layout();
+        let size = x.values.dtype.size();
+        let row_bytes = weight.kernel().row_codes as usize * layout.bits / 8;
+        let activations = Matrix {
+            address: x.values.buffer.address,
+            element_bytes: size,
+            shape: [x.tokens, layout.cols],
+            row_bytes: x.stride * size,
+        };
+        let codes = Matrix {
+            address: weight.kernel().codes.0,
+            element_bytes: 1,
+            shape: [layout.rows, row_bytes],
+            row_bytes,
+        };
+        Ok(Self { x: activations.map(boxes.x)?, codes: codes.map(boxes.codes)? })
+    }
+}
 
 /// The sizes of the workspace that [`linear_batch`] needs, and whether it takes less time than unpacking the weight; none
 /// where no kernel takes weight and activations.
@@ -80,7 +113,7 @@ pub unsafe fn linear_batch(
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
-    let (BatchPlan { plan, share, sizes }, _) =
+    let (BatchPlan { plan, share, sizes, boxes }, _) =
         planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
             what: "a product with the packed weight",
             reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
@@ -103,9 +136,9 @@ pub unsafe fn linear_batch(
         tokens: x.tokens as i32,
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
         share,
-        reserved: 0,
     };
-    let arguments = Arguments::new().with(weight.kernel()).with(&operands);
+    let maps = Maps::new(weight, &x, boxes)?;
+    let arguments = Arguments::new().with(weight.kernel()).with(&operands).with(&maps);
     // SAFETY: the parameters of every kernel of `cuda/linear_batch.cu`; lengths were checked, the rest is the caller's.
     unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
 }

@@ -21,6 +21,7 @@ mod plan;
 mod quantize;
 #[cfg(test)]
 mod samples;
+mod tensor_map;
 mod weight;
 
 pub use batch::BatchSizes;
