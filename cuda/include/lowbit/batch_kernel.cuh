@@ -215,19 +215,29 @@ struct Batch {
     }
   }
 
-  // The sums of all CTAs of a tile, in their order.
+  // The sums of all CTAs of a tile, in their order. Some loads are always under way at a time: a branch between any two would
+  // make each wait for the one before.
   __device__ __forceinline__ void add_partials(Engine& engine, int tokens_left, int index, int first, int last) const {
+    constexpr int kLoads = kEights % 16 == 0 ? 16 : kEights % 12 == 0 ? 12 : kEights;
     engine.clear();
     for (int cta = first; cta <= last; ++cta) {
       const float4* from = reinterpret_cast<const float4*>(partial_of(cta, index));
 #pragma unroll
       for (int i = 0; i < Engine::kRowTiles; ++i) {
 #pragma unroll
-        for (int n = 0; n < kEights; ++n) {
-          if (n * 8 >= tokens_left) break;
-          const float4 part = __ldcg(from + fragment(i, n));
-          float(&d)[4] = engine.d[i][n];
-          d[0] += part.x, d[1] += part.y, d[2] += part.z, d[3] += part.w;
+        for (int begin = 0; begin < kEights; begin += kLoads) {
+          if (begin * 8 >= tokens_left) break;
+          float4 parts[kLoads];
+#pragma unroll
+          for (int n = 0; n < kLoads; ++n) {
+            parts[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if ((begin + n) * 8 < tokens_left) parts[n] = __ldcg(from + fragment(i, begin + n));
+          }
+#pragma unroll
+          for (int n = 0; n < kLoads; ++n) {
+            float(&d)[4] = engine.d[i][begin + n];
+            d[0] += parts[n].x, d[1] += parts[n].y, d[2] += parts[n].z, d[3] += parts[n].w;
+          }
         }
       }
     }
