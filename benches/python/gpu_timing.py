@@ -11,6 +11,8 @@ import torch
 #: Bytes that lie between two uses of a weight, so that it is gone from the L2 cache.
 ROTATED = 320 << 20
 _REPLAYS = 30
+#: Seconds of work before anything is timed: clocks still follow what ran before, which may have been hotter.
+_WARM_UP = 0.04
 _EAGER_CALLS = 1000
 
 
@@ -26,7 +28,10 @@ def graph_seconds(calls: Sequence[Callable[[], object]], replays: int = _REPLAYS
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    graph.replay()
+    warm = time.perf_counter() + _WARM_UP
+    while time.perf_counter() < warm:
+        graph.replay()
+        torch.cuda.synchronize()
     samples: list[float] = []
     for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
