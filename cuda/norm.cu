@@ -1,17 +1,8 @@
 // RMSNorm and LayerNorm of rows, after the addition of a residual where there is one. Bound by memory: a row is read once
 // and kept in registers.
-#include <type_traits>
-
-#include "lowbit/dtype.cuh"
+#include "lowbit/norm_rows.cuh"
 
 namespace lowbit {
-
-constexpr int kThreads = 256;
-constexpr int kVector = 8;
-
-// Threads of a block: one row, or several where a warp or less is enough for one.
-template <int kLanes>
-inline constexpr int kBlock = kLanes > 32 ? kLanes : kThreads;
 
 // Mirrored by NormOperands in rust/core/src/cuda/norm.rs. `residual` and `total` are both null or neither; `weight` and
 // `bias` may be null. Strides are elements from a row to the next; `out` and `total` are dense.
@@ -48,77 +39,6 @@ struct Statistics {
   float mean;
   float rstd;
 };
-
-template <typename T>
-inline constexpr Dtype kDtypeOf = Dtype::kFloat32;
-template <>
-inline constexpr Dtype kDtypeOf<float16> = Dtype::kFloat16;
-template <>
-inline constexpr Dtype kDtypeOf<bfloat16> = Dtype::kBfloat16;
-
-template <typename T>
-__device__ __forceinline__ Vector<T, kVector> vector_at(const void* buffer, int64_t index) {
-  return *reinterpret_cast<const Vector<T, kVector>*>(static_cast<const T*>(buffer) + index);
-}
-
-template <typename T>
-__device__ __forceinline__ void unpack(const Vector<T, kVector>& vector, float (&values)[kVector]) {
-#pragma unroll
-  for (int i = 0; i < kVector; i += 2) {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      // As words: an instruction each, and no register for a half of one.
-      const uint32_t pair = reinterpret_cast<const uint32_t&>(vector.values[i]);
-      values[i] = __uint_as_float(pair << 16);
-      values[i + 1] = __uint_as_float(pair & 0xffff0000u);
-    } else {
-      values[i] = to_float(vector.values[i]);
-      values[i + 1] = to_float(vector.values[i + 1]);
-    }
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ Vector<T, kVector> pack(const float (&values)[kVector]) {
-  Vector<T, kVector> vector;
-#pragma unroll
-  for (int i = 0; i < kVector; i += 2) {
-    // Two at once, which the compiler does not make of conversions of one.
-    if constexpr (std::is_same_v<T, float16>) {
-      reinterpret_cast<__half2&>(vector.values[i]) = __floats2half2_rn(values[i], values[i + 1]);
-    } else if constexpr (std::is_same_v<T, bfloat16>) {
-      reinterpret_cast<__nv_bfloat162&>(vector.values[i]) = __floats2bfloat162_rn(values[i], values[i + 1]);
-    } else {
-      vector.values[i] = values[i];
-      vector.values[i + 1] = values[i + 1];
-    }
-  }
-  return vector;
-}
-
-// A vector of a buffer whose dtype is known at run time.
-__device__ __forceinline__ void load_vector(const void* buffer, Dtype dtype, int64_t index, float (&values)[kVector]) {
-  switch (dtype) {
-    case Dtype::kFloat32: unpack(vector_at<float>(buffer, index), values); break;
-    case Dtype::kFloat16: unpack(vector_at<float16>(buffer, index), values); break;
-    default: unpack(vector_at<bfloat16>(buffer, index), values);
-  }
-}
-
-// The sum of `value` over the lanes of a row, the same in each of them. `scratch` is this call's own, of the block.
-template <int kLanes>
-__device__ __forceinline__ float row_sum(float value, float* scratch) {
-  constexpr int kWidth = kLanes < 32 ? kLanes : 32;
-#pragma unroll
-  for (int step = kWidth / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if constexpr (kLanes > 32) {
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-    __syncthreads();
-    value = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < kLanes / 32; ++warp) value += scratch[warp];
-  }
-  return value;
-}
 
 // The factors of columns, as they are multiplied.
 __device__ __forceinline__ void load_factors(const Norm& p, int64_t column, float (&factors)[kVector]) {
@@ -170,16 +90,9 @@ struct Row {
     }
   }
 
-  // Makes the compiler unpack the numbers anew in what follows. It would keep what it unpacked for a sum in twice the
-  // registers, of which there are too few.
-  __device__ __forceinline__ void forget_unpacked() {
-    if constexpr (sizeof(T) == 2) {
+  __device__ __forceinline__ void forget() {
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        uint4& words = reinterpret_cast<uint4&>(x[v]);
-        asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) forget_unpacked(x[v]);
   }
 
   __device__ __forceinline__ float sum() const {
@@ -259,10 +172,10 @@ __device__ __forceinline__ void norm_vectors(const Norm& p) {
   Statistics of_row{0.0f, 0.0f};
   if constexpr (K::is_centered) {
     of_row.mean = row_sum<kLanes>(row.sum(), scratch[0]) / count;
-    row.forget_unpacked();
+    row.forget();
   }
   of_row.rstd = rsqrtf(row_sum<kLanes>(row.template squares<K>(p, of_row.mean), scratch[1]) / count + p.eps);
-  row.forget_unpacked();
+  row.forget();
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (!row.holds(p, v)) continue;

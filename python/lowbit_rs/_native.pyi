@@ -212,6 +212,20 @@ def cuda_norm(
     out: _Floats,
     stream: int,
 ) -> None: ...
+def cuda_norm_sum_lines(device: int, tokens: int, cols: int) -> int: ...
+def cuda_norm_backward(
+    device: int,
+    kind: tuple[float, bool, bool, bool],
+    rows: tuple[_Floats, int],
+    grad: tuple[_Floats, int],
+    of_total: tuple[_Floats, int] | None,
+    tokens: int,
+    cols: int,
+    weight: _Floats | None,
+    out: _Floats | None,
+    sums: _Floats | None,
+    stream: int,
+) -> None: ...
 def use_torch(
     exchange: Any,
     plain_types: list[type],

@@ -311,6 +311,44 @@ def norm(
     return operands.y, operands.total
 
 
+def norm_backward(
+    rows: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None,
+    weight: Tensor | None,
+    kind: Sequence[Any],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``norm`` to the rows [..., K] that were normalized, and in float32 to the columns.
+
+    Those of columns are [1, K], of the weight, and for a centered norm [2, K], of weight and bias. ``needs`` says which
+    of the two are wanted; the other is empty. ``grad_total`` is added to the first.
+    """
+    device, is_centered = rows.get_device(), kind[1]
+    of_rows = rows.new_empty(rows.shape if needs[0] else 0)
+    dense, tokens, stride = rows_of(rows)
+    cols = rows.shape[-1]
+    lines = _native.cuda_norm_sum_lines(device, tokens, cols) if needs[1] else 0
+    sums = rows.new_empty((lines, 1 + is_centered, cols), dtype=torch.float32)
+    grad, _, grad_stride = rows_of(grad)
+    total = None if grad_total is None else rows_of(grad_total)
+    weight, factors = column(weight)
+    _native.cuda_norm_backward(
+        device,
+        tuple(kind),
+        (floats(dense), stride),
+        (floats(grad), grad_stride),
+        None if total is None else (floats(total[0]), total[2]),
+        tokens,
+        cols,
+        factors,
+        floats(of_rows) if needs[0] else None,
+        floats(sums) if needs[1] else None,
+        _stream(device),
+    )
+    return of_rows, sums.sum(0) if needs[1] else sums.view(0)
+
+
 def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out[:, part] = x @ W[part].T + bias[part]`` for parts of the rows of bounded size.
 
