@@ -20,6 +20,17 @@ from lowbit_rs.errors import unsupported
 View = TypeVar("View")
 
 
+class SharedRows(Protocol):
+    """Activations that were rounded once for several products."""
+
+    @property
+    def takers(self) -> list[bool]:
+        """By product, whether it takes them."""
+
+    def linear(self, weight: Any, bias: Tensor | None) -> Tensor:
+        """The product with one of the weights that take them, as ``Backend.linear``."""
+
+
 class Backend(Protocol[View]):
     """What a device offers."""
 
@@ -53,6 +64,9 @@ class Backend(Protocol[View]):
 
     def rounded_from(self, weight: View, activation: str, dtype: torch.dtype) -> int | None:
         """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
+
+    def shared_rows(self, weights: Sequence[View], x: Tensor, activation: str, threshold: float) -> SharedRows | None:
+        """x [..., K] as ``linear`` rounds it for several weights; None unless two of them at least take it rounded."""
 
     def linear_grouped(self, weight: View, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
         """Rows x [S, K], sorted by matrix of a stack of ``experts``, times their matrix: [S, N]; None without a kernel.

@@ -91,6 +91,10 @@ def rounded_from(weight: WeightView, activation: str, dtype: torch.dtype) -> int
     return _native.rounded_from(weight, activation, dtype_name(dtype))
 
 
+def shared_rows(weights: Sequence[WeightView], x: Tensor, activation: str, threshold: float) -> None:
+    """Products round activations themselves, and those of one input are joined with any number of tokens."""
+
+
 def linear_grouped(weight: WeightView, experts: int, x: Tensor, counts: Tensor) -> None:
     """No kernel takes a stack as a whole: matrices are multiplied one by one."""
 

@@ -156,10 +156,8 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, 
     """
     x, tokens, row_stride = rows_of(x)
     values = floats(x)
-    if activation != "none":
-        first = rounded_from(weight, activation, x.dtype)
-        if first is not None and tokens >= first:
-            return linear_int8(weight, x, round_rows(x, threshold), bias)
+    if _rounds(weight, x, tokens, activation):
+        return linear_int8(weight, x, round_rows(x, threshold), bias)
     if tokens > CUDA_MAX_TOKENS:
         sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
         if sizes is not None:
@@ -205,6 +203,12 @@ def rounded_from(weight: CudaWeight, activation: str, dtype: torch.dtype) -> int
         return None
 
 
+def _rounds(weight: CudaWeight, x: Tensor, tokens: int, activation: str) -> bool:
+    """Whether ``linear`` rounds x, which has so many tokens."""
+    first = None if activation == "none" else rounded_from(weight, activation, x.dtype)
+    return first is not None and tokens >= first
+
+
 @dataclass(frozen=True)
 class Int8Rows:
     """Activations [tokens, K] in int8: what :func:`linear_int8` multiplies.
@@ -241,6 +245,27 @@ def round_rows(x: Tensor, threshold: float) -> Int8Rows:
     shape = tokens, cols
     _native.cuda_round_rows(device, floats(x), shape, row_stride, threshold, rows.buffers(), _stream(device))
     return rows
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Activations x [..., K] that were rounded once for several products."""
+
+    x: Tensor
+    rows: Int8Rows
+    #: By product, whether it takes them.
+    takers: list[bool]
+
+    def linear(self, weight: CudaWeight, bias: Tensor | None) -> Tensor:
+        """``linear`` of x with one of the weights that take it."""
+        return linear_int8(weight, self.x, self.rows, bias)
+
+
+def shared_rows(weights: Sequence[CudaWeight], x: Tensor, activation: str, threshold: float) -> SharedRows | None:
+    """x as it is rounded for several weights of one width; None unless two of them at least take it rounded."""
+    tokens = math.prod(x.shape[:-1])
+    takers = [_rounds(weight, x, tokens, activation) for weight in weights]
+    return SharedRows(x, round_rows(x, threshold), takers) if sum(takers) > 1 else None
 
 
 def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from lowbit_rs._backends import Backend, backend_of
+from lowbit_rs._backends import Backend, SharedRows, backend_of
+from lowbit_rs._ops import check_linear
 from lowbit_rs.errors import LowbitError
-from lowbit_rs.functional import is_unwatched, joined_linear
+from lowbit_rs.functional import is_unwatched, joined_input, joined_linear
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Fusion
 from lowbit_rs.packed import state_key, why_not_joined
@@ -40,13 +41,14 @@ _ROW_KEYS = tuple(state_key("weight", name) for name in ("data", "scale", "scale
 
 @dataclass(slots=True)
 class _Call:
-    """A product of which some parts are yet to be taken."""
+    """What was made for several members, and which of them are yet to take their part."""
 
     x: Tensor
     version: int | None
     context: Any
-    out: Tensor
+    made: Tensor | SharedRows  # the product for all members, or x rounded for their products
     waiting: int  # a bit for each member
+    dtype: torch.dtype
 
     def has(self, place: int, x: Tensor, context: Any) -> bool:
         """Whether the part at ``place`` is there, of a product with x as it is now."""
@@ -111,22 +113,25 @@ class FusedGroup:
         members = self.members
         if members[place] is not member or not _is_plain(x, members):
             return None
-        if x.numel() > backend_of(x.device).MAX_JOINED_TOKENS * member.in_features:
+        is_joined = x.numel() <= backend_of(x.device).MAX_JOINED_TOKENS * member.in_features
+        if not is_joined and member.activation == "none":
             return None
         context = _context(x)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None or not call.has(place, x, context):
             self._local.call = None
-            out = None if call is not None and self._gives_up() else self._multiply(members, x)
-            if out is None:
+            make = self._multiply if is_joined else self._round
+            call = None if call is not None and self._gives_up() else make(members, x, context)
+            if call is None or not call.waiting >> place & 1:
                 return None
-            call = _Call(x, _version(x), context, out, (1 << len(members)) - 1)
         call.waiting &= ~(1 << place)
         self._local.call = call if call.waiting else None
         if not call.waiting:
             self._untaken = 0
+        if not isinstance(call.made, Tensor):
+            return call.made.linear(member._view(), member._parameters["bias"]).to(call.dtype)
         start = sum(other.out_features for other in members[:place] if other is not None)
-        return call.out.narrow(-1, start, member.out_features)
+        return call.made.narrow(-1, start, member.out_features)
 
     def _gives_up(self) -> bool:
         """Counts a product of which parts were left; whether there have been too many."""
@@ -137,7 +142,7 @@ class FusedGroup:
         self.leave()
         return True
 
-    def _multiply(self, members: Sequence[Any], x: Tensor) -> Tensor | None:
+    def _multiply(self, members: Sequence[Any], x: Tensor, context: Any) -> _Call | None:
         """The product for all members, or None where their weights are not one."""
         made = None if None in members else self._view(members)
         if made is None:
@@ -149,7 +154,23 @@ class FusedGroup:
         shape = [sum(member.out_features for member in members), first.in_features]
         permutation = first._parameters["weight_permutation"]
         rounding = first.activation, first.threshold or 0.0
-        return joined_linear(x, *made, first._tensors(), shape, bias, first.compute_dtype, permutation, rounding)
+        out = joined_linear(x, *made, first._tensors(), shape, bias, first.compute_dtype, permutation, rounding)
+        return _Call(x, _version(x), context, out, (1 << len(members)) - 1, out.dtype)
+
+    def _round(self, members: Sequence[Any], x: Tensor, context: Any) -> _Call | None:
+        """x rounded for the products of the members, or None where they do not take it so."""
+        if None in members or self._view(members) is None:
+            return None
+        first = members[0]
+        permutation = first._parameters["weight_permutation"]
+        values, dtype = joined_input(x, first.in_features, first.compute_dtype, permutation)
+        check_linear(values, first._parameters["bias"], first._tensors(), first._shape)
+        views = [member._view() for member in members]
+        rows = backend_of(x.device).shared_rows(views, values, first.activation, first.threshold or 0.0)
+        if rows is None:
+            return None
+        waiting = sum(takes << place for place, takes in enumerate(rows.takers))
+        return _Call(x, _version(x), context, rows, waiting, dtype)
 
     def _view(self, members: Sequence[QuantLinear]) -> tuple[Backend[Any], Any] | None:
         """Backend and view of the joined weight, made anew where a layer is not what it was; None without one."""

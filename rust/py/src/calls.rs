@@ -104,7 +104,8 @@ impl LinearCall {
         let Some(operands) = Operands::new(exchange, memory, bias.as_ref(), place, (rows, cols)) else {
             return Ok(None);
         };
-        if place.is_cuda() && (operands.tokens > cuda::MAX_TOKENS || activation != "none") {
+        // "int8" is refused where there is no kernel for it; "auto" rounds no fewer tokens.
+        if place.is_cuda() && (operands.tokens > cuda::MAX_TOKENS || activation == "int8") {
             return Ok(None);
         }
         let Some((out, result)) = torch.empty(x, place, &shape)? else { return Ok(None) };
