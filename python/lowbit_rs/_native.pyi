@@ -210,6 +210,7 @@ def cuda_norm(
     weight: _Floats | None,
     bias: _Floats | None,
     out: _Floats,
+    rounded: tuple[float, tuple[_Buffer, _Buffer, _Buffer | None]] | None,
     stream: int,
 ) -> None: ...
 def cuda_norm_sum_lines(device: int, tokens: int, cols: int) -> int: ...

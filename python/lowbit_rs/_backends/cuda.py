@@ -156,7 +156,8 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, 
     """
     x, tokens, row_stride = rows_of(x)
     values = floats(x)
-    if _rounds(weight, x, tokens, activation):
+    first = None if activation == "none" else rounded_from(weight, activation, x.dtype)
+    if first is not None and tokens >= first:
         return linear_int8(weight, x, round_rows(x, threshold), bias)
     if tokens > CUDA_MAX_TOKENS:
         sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
@@ -203,12 +204,6 @@ def rounded_from(weight: CudaWeight, activation: str, dtype: torch.dtype) -> int
         return None
 
 
-def _rounds(weight: CudaWeight, x: Tensor, tokens: int, activation: str) -> bool:
-    """Whether ``linear`` rounds x, which has so many tokens."""
-    first = None if activation == "none" else rounded_from(weight, activation, x.dtype)
-    return first is not None and tokens >= first
-
-
 @dataclass(frozen=True)
 class Int8Rows:
     """Activations [tokens, K] in int8: what :func:`linear_int8` multiplies.
@@ -235,16 +230,18 @@ def round_rows(x: Tensor, threshold: float) -> Int8Rows:
     A row with NaN or an infinity is outliers in those places, or without a threshold gives a row of NaN.
     """
     x, tokens, row_stride = rows_of(x)
-    cols = x.shape[-1]
-    stride, words = _native.cuda_int8_sizes(cols)
-    codes = torch.empty((tokens, stride), dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    outliers = torch.empty(words, dtype=torch.int32, device=x.device) if threshold else None
-    rows = Int8Rows(codes, scales, outliers)
-    device = x.get_device()
-    shape = tokens, cols
+    shape = tokens, x.shape[-1]
+    rows, device = _empty_rows(*shape, threshold, x.device), x.get_device()
     _native.cuda_round_rows(device, floats(x), shape, row_stride, threshold, rows.buffers(), _stream(device))
     return rows
+
+
+def _empty_rows(tokens: int, cols: int, threshold: float, device: torch.device) -> Int8Rows:
+    """Room for rows."""
+    stride, words = _native.cuda_int8_sizes(cols)
+    codes = torch.empty((tokens, stride), dtype=torch.int8, device=device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=device)
+    return Int8Rows(codes, scales, torch.empty(words, dtype=torch.int32, device=device) if threshold else None)
 
 
 @dataclass(frozen=True)
@@ -253,19 +250,15 @@ class SharedRows:
 
     x: Tensor
     rows: Int8Rows
-    #: By product, whether it takes them.
-    takers: list[bool]
 
     def linear(self, weight: CudaWeight, bias: Tensor | None) -> Tensor:
         """``linear`` of x with one of the weights that take it."""
         return linear_int8(weight, self.x, self.rows, bias)
 
 
-def shared_rows(weights: Sequence[CudaWeight], x: Tensor, activation: str, threshold: float) -> SharedRows | None:
-    """x as it is rounded for several weights of one width; None unless two of them at least take it rounded."""
-    tokens = math.prod(x.shape[:-1])
-    takers = [_rounds(weight, x, tokens, activation) for weight in weights]
-    return SharedRows(x, round_rows(x, threshold), takers) if sum(takers) > 1 else None
+def shared_rows(x: Tensor, threshold: float, rows: Int8Rows | None) -> SharedRows:
+    """x [..., K] rounded as ``linear`` does it; ``rows`` is that, if a norm has done it already."""
+    return SharedRows(x, round_rows(x, threshold) if rows is None else rows)
 
 
 def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:
@@ -332,8 +325,24 @@ def norm(
     """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
     operands = NormOperands(x, residual, weight, bias)
     device = x.get_device()
-    _native.cuda_norm(device, tuple(kind), *operands.arguments, _stream(device))
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, None, _stream(device))
     return operands.y, operands.total
+
+
+def norm_rounded(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: Sequence[Any],
+    threshold: float,
+) -> tuple[Tensor, Tensor | None, Int8Rows]:
+    """``norm``, and its result as ``round_rows`` rounds it, in one pass where a kernel has room for a row."""
+    operands = NormOperands(x, residual, weight, bias)
+    device = x.get_device()
+    rows = _empty_rows(math.prod(x.shape[:-1]), x.shape[-1], threshold, x.device)
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, (threshold, rows.buffers()), _stream(device))
+    return operands.y, operands.total, rows
 
 
 def norm_backward(

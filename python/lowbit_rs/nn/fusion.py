@@ -23,6 +23,7 @@ from lowbit_rs.errors import LowbitError
 from lowbit_rs.functional import is_unwatched, joined_input, joined_linear
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Fusion
+from lowbit_rs.nn.rounded_rows import Wish, rows_of_origin, version_of
 from lowbit_rs.packed import state_key, why_not_joined
 
 #: Names of layers within one module that get the same input, in the order in which they are called.
@@ -52,7 +53,7 @@ class _Call:
 
     def has(self, place: int, x: Tensor, context: Any) -> bool:
         """Whether the part at ``place`` is there, of a product with x as it is now."""
-        is_same = self.x is x and self.version == _version(x) and self.context == context
+        is_same = self.x is x and self.version == version_of(x) and self.context == context
         return is_same and bool(self.waiting >> place & 1)
 
 
@@ -155,7 +156,7 @@ class FusedGroup:
         permutation = first._parameters["weight_permutation"]
         rounding = first.activation, first.threshold or 0.0
         out = joined_linear(x, *made, first._tensors(), shape, bias, first.compute_dtype, permutation, rounding)
-        return _Call(x, _version(x), context, out, (1 << len(members)) - 1, out.dtype)
+        return _Call(x, version_of(x), context, out, (1 << len(members)) - 1, out.dtype)
 
     def _round(self, members: Sequence[Any], x: Tensor, context: Any) -> _Call | None:
         """x rounded for the products of the members, or None where they do not take it so."""
@@ -165,12 +166,17 @@ class FusedGroup:
         permutation = first._parameters["weight_permutation"]
         values, dtype = joined_input(x, first.in_features, first.compute_dtype, permutation)
         check_linear(values, first._parameters["bias"], first._tensors(), first._shape)
-        views = [member._view() for member in members]
-        rows = backend_of(x.device).shared_rows(views, values, first.activation, first.threshold or 0.0)
+        backend, threshold = backend_of(x.device), first.threshold or 0.0
+        firsts = [backend.rounded_from(member._view(), first.activation, values.dtype) for member in members]
+        taken = [least for least in firsts if least is not None and least * first.in_features <= values.numel()]
+        if len(taken) < 2:
+            return None
+        wish = Wish(threshold, max(taken))
+        rows = backend.shared_rows(values, threshold, rows_of_origin(x, wish) if values is x else None)
         if rows is None:
             return None
-        waiting = sum(takes << place for place, takes in enumerate(rows.takers))
-        return _Call(x, _version(x), context, rows, waiting, dtype)
+        waiting = sum(1 << place for place, least in enumerate(firsts) if least in taken)
+        return _Call(x, version_of(x), context, rows, waiting, dtype)
 
     def _view(self, members: Sequence[QuantLinear]) -> tuple[Backend[Any], Any] | None:
         """Backend and view of the joined weight, made anew where a layer is not what it was; None without one."""
@@ -181,7 +187,7 @@ class FusedGroup:
             state += [*_rounding(member), None if bias is None else bias.dtype]
             for key in member._keys:
                 tensor: Any = parameters[key]
-                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, _version(tensor)]
+                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, version_of(tensor)]
         if self._made is not None and self._made[0] == state:
             return self._made[1]
         if members[0].weight.is_meta:  # offloaded
@@ -205,11 +211,6 @@ def _view_of(members: Sequence[QuantLinear], backend: Backend[Any]) -> Any:
         return backend.joined_view(members[0].spec, shape, parts)
     except LowbitError:  # a layer whose parameters do not fit each other says so when it multiplies
         return None
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None where nobody counts."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _is_plain(x: Tensor, members: Sequence[QuantLinear | None]) -> bool:

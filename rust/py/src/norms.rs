@@ -7,7 +7,7 @@ use lowbit_core::norm::Norm;
 use pyo3::prelude::*;
 
 use crate::buffers::{FloatBuffer, floats, floats_mut};
-use crate::cuda::{floats as device_floats, optional_floats};
+use crate::cuda::{RowBuffers, device_rows, floats as device_floats, optional_floats};
 use crate::errors::run;
 use crate::operations::activations;
 
@@ -73,9 +73,10 @@ fn norm(
     })
 }
 
-/// As `norm`, of tensors on the device of this number.
+/// As `norm`, of tensors on the device of this number; with a threshold and buffers for rows in int8, the result goes there
+/// too, as `cuda_round_rows` rounds it.
 #[pyfunction]
-#[pyo3(signature = (device, kind, x, tokens, cols, residual, total, weight, bias, out, stream))]
+#[pyo3(signature = (device, kind, x, tokens, cols, residual, total, weight, bias, out, rounded, stream))]
 #[allow(clippy::too_many_arguments)] // six tensors
 fn cuda_norm(
     py: Python<'_>,
@@ -89,6 +90,7 @@ fn cuda_norm(
     weight: Option<FloatBuffer>,
     bias: Option<FloatBuffer>,
     out: FloatBuffer,
+    rounded: Option<(f32, RowBuffers)>,
     stream: usize,
 ) -> PyResult<()> {
     run(py, || {
@@ -105,8 +107,16 @@ fn cuda_norm(
         let affine = DeviceAffine { weight, bias: optional_floats("bias", bias.as_ref())? };
         let queue = Queue { device: Device::get(device)?, stream, may_overlap: false };
         let (x, out) = (rows("x", &x)?, device_floats("out", &out)?);
+        let kind = norm_of(kind);
         // SAFETY: the caller's tensors are on the device, and torch keeps their memory until the stream is done.
-        unsafe { cuda::norm(queue, norm_of(kind), cols, x, residual, affine, out) }
+        unsafe {
+            match rounded {
+                None => cuda::norm(queue, kind, cols, x, residual, affine, out),
+                Some((threshold, rows)) => {
+                    cuda::norm_rounded(queue, kind, cols, x, residual, affine, out, threshold, device_rows(rows))
+                }
+            }
+        }
     })
 }
 

@@ -1,9 +1,10 @@
 //! `RMSNorm` and `LayerNorm` of rows, after the addition of a residual where there is one.
 
 use super::Queue;
+use super::int8::{DeviceRows, prepare_rows, round_rows};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::DeviceActivations;
-use super::norm_rows::{Kernel, Kernels, check_column, check_dense, check_rows, is_vectorized, kernels};
+use super::norm_rows::{Kernel, Kernels, check_column, check_dense, check_rows, in_registers, is_vectorized};
 use super::weight::{DeviceFloats, number};
 use crate::Result;
 use crate::norm::Norm;
@@ -53,7 +54,15 @@ const _: () = assert!(size_of::<NormOperands>() == 104, "as cuda/norm.cu has it"
 // SAFETY: `repr(C)`, the fields of `Norm` in `cuda/norm.cu`.
 unsafe impl Argument for NormOperands {}
 
-const KERNELS: Kernels = kernels!("norm");
+const KERNELS: Kernels = Kernels {
+    image: "norm",
+    in_registers: in_registers!("norm"),
+    elements: Some(["norm_elements_float32", "norm_elements_float16", "norm_elements_bfloat16"]),
+    oldest: 75,
+};
+/// Those that round their result to int8.
+const ROUNDING: Kernels =
+    Kernels { image: "norm_int8", in_registers: in_registers!("norm_int8"), elements: None, oldest: 80 };
 
 /// Normalizes `x`, `[tokens, cols]`, into `out`. All rows have one dtype.
 ///
@@ -69,41 +78,95 @@ pub unsafe fn norm(
     affine: DeviceAffine,
     out: DeviceFloats,
 ) -> Result<()> {
-    norm.check()?;
-    check(cols, &x, residual.as_ref(), affine, out)?;
-    if x.tokens == 0 || cols == 0 {
-        return Ok(());
-    }
-    let address = |floats: Option<DeviceFloats>| Pointer(floats.map_or(0, |floats| floats.buffer.address));
-    let operands = NormOperands {
-        x: Pointer(x.values.buffer.address),
-        residual: address(residual.map(|residual| residual.rows.values)),
-        weight: address(affine.weight),
-        bias: address(affine.bias),
-        out: Pointer(out.buffer.address),
-        total: address(residual.map(|residual| residual.total)),
-        rows: x.tokens as i64,
-        cols: cols as i64,
-        x_stride: x.stride as i64,
-        residual_stride: residual.map_or(0, |residual| residual.rows.stride) as i64,
-        eps: norm.eps,
-        weight_dtype: affine.weight.map_or(0, |weight| number(weight.dtype)),
-        bias_dtype: affine.bias.map_or(0, |bias| number(bias.dtype)),
-        is_centered: norm.is_centered.into(),
-        offset: norm.offset(),
-        rounds_normalized: norm.rounds_normalized.into(),
-    };
-    let whole = operands.is_vectorized(out.dtype.size());
-    let plan = KERNELS.plan([x.tokens, cols], out.dtype, whole, None, queue.device.capability())?;
-    let arguments = Arguments::new().with(&operands);
+    let call = Call::new(norm, cols, x, residual, affine, out)?;
+    let plan = KERNELS.plan(call.shape, out.dtype, call.is_vectorized(), None, queue.device.capability())?;
+    let arguments = Arguments::new().with(&call.operands);
     // SAFETY: the parameter of every kernel of `cuda/norm.cu`; lengths were checked, the rest is the caller's.
-    unsafe { launch(queue, &plan, arguments, &[x.tokens, cols]) }
+    unsafe { launch(queue, &plan, arguments, &call.shape) }
 }
 
-impl NormOperands {
-    fn is_vectorized(&self, size: usize) -> bool {
-        let addresses = [self.x, self.residual, self.weight, self.bias, self.out, self.total].map(|address| address.0);
-        is_vectorized(self.cols as usize, &addresses, &[self.x_stride, self.residual_stride], size)
+/// [`norm`], and its result in int8 as [`round_rows`] makes it with this threshold: in the same pass where a kernel does it.
+///
+/// # Safety
+/// As for both.
+#[allow(clippy::too_many_arguments)] // those of both
+pub unsafe fn norm_rounded(
+    queue: Queue,
+    norm: Norm,
+    cols: usize,
+    x: DeviceActivations,
+    residual: Option<DeviceResidual>,
+    affine: DeviceAffine,
+    out: DeviceFloats,
+    threshold: f32,
+    rows: DeviceRows,
+) -> Result<()> {
+    let call = Call::new(norm, cols, x, residual, affine, out)?;
+    let result = DeviceActivations { values: out, tokens: x.tokens, stride: cols };
+    let capability = queue.device.capability();
+    if capability.compute < ROUNDING.oldest || !call.is_vectorized() || !ROUNDING.have_room(cols) {
+        // SAFETY: the caller's promises are those of both.
+        return unsafe {
+            self::norm(queue, norm, cols, x, residual, affine, out)?;
+            round_rows(queue, result, cols, threshold, rows)
+        };
+    }
+    let Some(rounding) = prepare_rows(queue, &result, cols, threshold, &rows)? else { return Ok(()) };
+    let plan = ROUNDING.plan(call.shape, out.dtype, true, None, capability)?;
+    let arguments = Arguments::new().with(&call.operands).with(&rounding);
+    // SAFETY: the parameters of every kernel of `cuda/norm_int8.cu`; lengths were checked, the rest is the caller's.
+    unsafe { launch(queue, &plan, arguments, &call.shape) }
+}
+
+/// A normalization whose operands go together.
+struct Call {
+    operands: NormOperands,
+    /// Rows and columns.
+    shape: [usize; 2],
+    /// Bytes of a number.
+    size: usize,
+}
+
+impl Call {
+    fn new(
+        norm: Norm,
+        cols: usize,
+        x: DeviceActivations,
+        residual: Option<DeviceResidual>,
+        affine: DeviceAffine,
+        out: DeviceFloats,
+    ) -> Result<Self> {
+        norm.check()?;
+        check(cols, &x, residual.as_ref(), affine, out)?;
+        let address = |floats: Option<DeviceFloats>| Pointer(floats.map_or(0, |floats| floats.buffer.address));
+        let operands = NormOperands {
+            x: Pointer(x.values.buffer.address),
+            residual: address(residual.map(|residual| residual.rows.values)),
+            weight: address(affine.weight),
+            bias: address(affine.bias),
+            out: Pointer(out.buffer.address),
+            total: address(residual.map(|residual| residual.total)),
+            rows: x.tokens as i64,
+            cols: cols as i64,
+            x_stride: x.stride as i64,
+            residual_stride: residual.map_or(0, |residual| residual.rows.stride) as i64,
+            eps: norm.eps,
+            weight_dtype: affine.weight.map_or(0, |weight| number(weight.dtype)),
+            bias_dtype: affine.bias.map_or(0, |bias| number(bias.dtype)),
+            is_centered: norm.is_centered.into(),
+            offset: norm.offset(),
+            rounds_normalized: norm.rounds_normalized.into(),
+        };
+        // Without columns there is nothing to do, however many rows.
+        let rows = if cols == 0 { 0 } else { x.tokens };
+        Ok(Self { operands, shape: [rows, cols], size: out.dtype.size() })
+    }
+
+    fn is_vectorized(&self) -> bool {
+        let operands = &self.operands;
+        let addresses = [operands.x, operands.residual, operands.weight, operands.bias, operands.out, operands.total];
+        let strides = [operands.x_stride, operands.residual_stride];
+        is_vectorized(self.shape[1], &addresses.map(|address| address.0), &strides, self.size)
     }
 }
 
@@ -125,8 +188,12 @@ fn check(
 }
 
 #[cfg(test)]
+pub(super) fn entries() -> impl Iterator<Item = &'static str> {
+    KERNELS.entries().chain(ROUNDING.entries())
+}
+
+#[cfg(test)]
 mod tests {
-    use super::super::norm_rows::OLDEST;
     use super::super::plan::Capability;
     use super::super::samples::TURING;
     use super::*;
@@ -134,12 +201,8 @@ mod tests {
 
     #[test]
     fn every_kernel_is_built() {
-        if let Some(image) = lowbit_kernels::image(KERNELS.image) {
-            assert_eq!(image.oldest, OLDEST);
-            for entry in KERNELS.entries() {
-                assert!(image.entries.contains(&entry), "{entry}");
-            }
-        }
+        KERNELS.assert_built();
+        ROUNDING.assert_built();
     }
 
     #[test]
@@ -165,5 +228,7 @@ mod tests {
         let volta = Capability { compute: 70, ..TURING };
         assert!(KERNELS.plan([1 << 40, 4096], Dtype::Float32, true, None, TURING).is_err());
         assert!(KERNELS.plan([1, 4096], Dtype::Float32, true, None, volta).is_err());
+        assert!(ROUNDING.plan([1, 16392], Dtype::Float32, true, None, TURING).is_err());
+        assert!(!ROUNDING.have_room(16392));
     }
 }

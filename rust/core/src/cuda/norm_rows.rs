@@ -8,9 +8,6 @@ use crate::{Error, Result};
 
 /// Numbers of a vector, `kVector` of `cuda/include/lowbit/norm_rows.cuh`.
 const VECTOR: usize = 8;
-/// The least compute capability.
-pub(super) const OLDEST: u32 = 75;
-
 /// A kernel that keeps a row in registers.
 pub(super) struct Kernel {
     /// Threads that share a row, and vectors that each of them has.
@@ -39,34 +36,28 @@ pub(super) struct Kernels {
     pub(super) image: &'static str,
     /// The first line that has room for a row serves it.
     pub(super) in_registers: &'static [Kernel],
-    /// The entries for rows of any kind.
-    pub(super) elements: [&'static str; 3],
+    /// The entries for rows of any kind, if there are such.
+    pub(super) elements: Option<[&'static str; 3]>,
+    /// The least compute capability.
+    pub(super) oldest: u32,
 }
 
 /// The kernels whose names begin with this, for every number of lanes and vectors that there is of them.
-macro_rules! kernels {
+macro_rules! in_registers {
     ($prefix:literal) => {
-        kernels!($prefix: 16 x 1, 32 x 1, 32 x 2, 128 x 1, 256 x 1, 256 x 2, 256 x 4, 512 x 4)
+        in_registers!($prefix: 16 x 1, 32 x 1, 32 x 2, 128 x 1, 256 x 1, 256 x 2, 256 x 4, 512 x 4)
     };
     ($prefix:literal: $($lanes:literal x $vectors:literal),*) => {
-        Kernels {
-            image: $prefix,
-            in_registers: &[$(
-                Kernel::new($lanes, $vectors, [
-                    concat!($prefix, "_float32_", $lanes, "x", $vectors),
-                    concat!($prefix, "_float16_", $lanes, "x", $vectors),
-                    concat!($prefix, "_bfloat16_", $lanes, "x", $vectors),
-                ])
-            ),*],
-            elements: [
-                concat!($prefix, "_elements_float32"),
-                concat!($prefix, "_elements_float16"),
-                concat!($prefix, "_elements_bfloat16"),
-            ],
-        }
+        &[$(
+            Kernel::new($lanes, $vectors, [
+                concat!($prefix, "_float32_", $lanes, "x", $vectors),
+                concat!($prefix, "_float16_", $lanes, "x", $vectors),
+                concat!($prefix, "_bfloat16_", $lanes, "x", $vectors),
+            ])
+        ),*]
     };
 }
-pub(super) use kernels;
+pub(super) use in_registers;
 
 impl Kernels {
     fn with_room(&self, cols: usize) -> Option<&Kernel> {
@@ -78,31 +69,37 @@ impl Kernels {
         self.with_room(cols).map_or(THREADS, Kernel::threads)
     }
 
-    /// The kernel for rows, with as many blocks as they take, `most` at most.
+    /// Whether there is a kernel that keeps such rows in registers, where whole vectors of them can be moved.
+    pub(super) fn have_room(&self, cols: usize) -> bool {
+        self.with_room(cols).is_some()
+    }
+
+    /// The kernel for rows, with as many blocks as they take, or `blocks`, which walk them.
     pub(super) fn plan(
         &self,
         [rows, cols]: [usize; 2],
         dtype: Dtype,
         is_vectorized: bool,
-        most: Option<usize>,
+        blocks: Option<usize>,
         capability: Capability,
     ) -> Result<Plan> {
-        if capability.compute < OLDEST {
+        if capability.compute < self.oldest {
             return Err(too_old(capability));
         }
         let of_dtype = number(dtype) as usize;
-        let (entry, threads, blocks) = match self.with_room(cols).filter(|_| is_vectorized) {
-            Some(kernel) => {
+        let refused = |what| Error::Unsupported { what, reason: format!("normalizing {rows} rows of {cols}") };
+        let (entry, threads, all) = match (self.with_room(cols).filter(|_| is_vectorized), self.elements) {
+            (Some(kernel), _) => {
                 let at_once = kernel.threads() / kernel.lanes;
                 (kernel.entries[of_dtype], kernel.threads(), rows.div_ceil(at_once))
             }
             // They walk what is left over.
-            None => (self.elements[of_dtype], THREADS, rows.min(1 << 20)),
+            (None, Some(elements)) => (elements[of_dtype], THREADS, rows.min(1 << 20)),
+            (None, None) => return Err(refused("a row of this kind")),
         };
-        let blocks = most.unwrap_or(blocks);
+        let blocks = blocks.unwrap_or(all);
         if blocks > i32::MAX as usize {
-            let reason = format!("normalizing {rows} rows of {cols}");
-            return Err(Error::Unsupported { what: "a grid of this size", reason });
+            return Err(refused("a grid of this size"));
         }
         Ok(Plan {
             image: self.image,
@@ -115,9 +112,20 @@ impl Kernels {
         })
     }
 
+    /// That all of them are built, where any are.
+    #[cfg(test)]
+    pub(super) fn assert_built(&self) {
+        if let Some(image) = lowbit_kernels::image(self.image) {
+            assert_eq!(image.oldest, self.oldest);
+            for entry in self.entries() {
+                assert!(image.entries.contains(&entry), "{entry}");
+            }
+        }
+    }
+
     #[cfg(test)]
     pub(super) fn entries(&self) -> impl Iterator<Item = &'static str> {
-        self.in_registers.iter().flat_map(|kernel| kernel.entries).chain(self.elements)
+        self.in_registers.iter().flat_map(|kernel| kernel.entries).chain(self.elements.into_iter().flatten())
     }
 }
 
