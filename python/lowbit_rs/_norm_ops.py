@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lowbit_rs._backends import backend_of, cuda
 from lowbit_rs.errors import invalid
-from lowbit_rs.functional import is_unwatched
 from lowbit_rs.packed import dtype_name
 
 
@@ -134,11 +133,9 @@ def _gradients(ctx: Any, grad: Tensor, grad_total: Tensor | None, needs: tuple[b
     grad = grad.to(rows.dtype)
     # The bias of a norm that is not centered, which hardly any has, is not the kernel's.
     needs_columns = needs_weight or (needs_bias and ctx.kind.centered)
-    arguments = rows, grad, grad_total, weight, *ctx.kind, needs_rows, needs_columns
-    if torch.compiler.is_compiling() or not is_unwatched(rows, grad):
-        of_rows, sums = torch.ops.lowbit_rs.norm_backward.default(*arguments)
-    else:
-        of_rows, sums = _norm_backward(*arguments)
+    of_rows, sums = torch.ops.lowbit_rs.norm_backward.default(
+        rows, grad, grad_total, weight, *ctx.kind, needs_rows, needs_columns
+    )
     of_bias = None
     if needs_bias:
         of_bias = (sums[1] if ctx.kind.centered else _sum_of_rows(grad.float())).to(ctx.bias_dtype)
