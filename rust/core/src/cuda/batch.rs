@@ -211,7 +211,8 @@ impl Kernel {
         let blocks = (self.cols() / layout.block_size).max(1);
         let numbers = if problem.spec.format.has_shift() { 2 } else { 1 };
         let number = if self.scales_sums { 4 } else { 8 };
-        let bytes = self.cols() * (2 * self.tokens + TILE_ROWS * layout.bits / 8) + TILE_ROWS * number * blocks * numbers;
+        let bytes =
+            self.cols() * (2 * self.tokens + TILE_ROWS * layout.bits / 8) + TILE_ROWS * number * blocks * numbers;
         bytes.next_multiple_of(1024)
     }
 }

@@ -62,12 +62,8 @@ impl Maps {
             shape: [x.tokens, layout.cols],
             row_bytes: x.stride * size,
         };
-        let codes = Matrix {
-            address: weight.kernel().codes.0,
-            element_bytes: 1,
-            shape: [layout.rows, row_bytes],
-            row_bytes,
-        };
+        let codes =
+            Matrix { address: weight.kernel().codes.0, element_bytes: 1, shape: [layout.rows, row_bytes], row_bytes };
         Ok(Self { x: activations.map(boxes.x)?, codes: codes.map(boxes.codes)? })
     }
 }
