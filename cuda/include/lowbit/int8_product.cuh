@@ -54,7 +54,7 @@ constexpr int kSideColumns = kSideRow / 2;
 constexpr int kStageColumns = kStageRow / 2;
 constexpr int kGatherers = 96;
 // Tiles of tokens that are worked on side by side, so that what is read of either operand stays in the L2 cache.
-constexpr int kGroup = 8;
+constexpr int kGroup = 32;
 
 template <typename T, int kN>
 class Product {
