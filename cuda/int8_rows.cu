@@ -77,7 +77,7 @@ class Row {
         outliers_{o.outliers, Outliers::words_of(o.cols)},
         x_(static_cast<const T*>(o.x) + blockIdx.x * o.x_stride),
         codes_(o.codes + blockIdx.x * o.codes_stride),
-        limit_(limit_of(o)) {}
+        limit_(o.limit()) {}
 
   __device__ __forceinline__ void round() {
     const int units = o_.cols / kCount;  // one at least
@@ -96,27 +96,20 @@ class Row {
     for (int index = kKept * blockDim.x + threadIdx.x; index < units; index += blockDim.x) {
       look(index, U::load(x_, index));
     }
-    const float absmax = __uint_as_float(block_max(most_));
-    float inverse = __fdiv_rn(kLargestInt8, absmax);
-    const bool is_tiny = magnitude(inverse) >= 0x7f800000 && absmax < 1.0f;
-    if (is_tiny) inverse = 0.0f;
-    if (threadIdx.x == 0) o_.scales[blockIdx.x] = is_tiny ? 0.0f : __fdiv_rn(absmax, kLargestInt8);
+    const Rounding rounding(__uint_as_float(block_max(most_)));
+    if (threadIdx.x == 0) o_.scales[blockIdx.x] = rounding.scale;
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const int index = i * blockDim.x + threadIdx.x;
-      if (index < units) store(index, kept[i], inverse, (beyond >> i & 1) != 0);
+      if (index < units) store(index, kept[i], rounding, (beyond >> i & 1) != 0);
     }
     for (int index = kKept * blockDim.x + threadIdx.x; index < units; index += blockDim.x) {
-      store(index, U::load(x_, index), inverse, limit_ != ~0u);
+      store(index, U::load(x_, index), rounding, limit_ != ~0u);
     }
     for (int64_t col = o_.cols + threadIdx.x; col < o_.codes_stride; col += blockDim.x) codes_[col] = 0;
   }
 
  private:
-  static __device__ __forceinline__ uint32_t limit_of(const RowOperands& o) {
-    return o.outliers == nullptr ? ~0u : __float_as_uint(o.threshold);
-  }
-
   // Whether a unit has outliers. Few have, so that all of it is looked at first.
   __device__ __forceinline__ bool look(int index, const U& unit) {
     const uint32_t largest = unit.largest();
@@ -137,15 +130,10 @@ class Row {
     return true;
   }
 
-  __device__ __forceinline__ void store(int index, const U& unit, float inverse, bool has_outliers) const {
-    // The last byte of what is added to this is the nearest integer, ties to even: larger floats have no fraction.
-    constexpr float kIntegers = 12582912.0f;  // 1.5 * 2^23
+  __device__ __forceinline__ void store(int index, const U& unit, const Rounding& rounding, bool has_outliers) const {
     alignas(kCount) uint8_t out[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float code = __fadd_rn(__fmul_rn(unit[i], inverse), kIntegers);
-      out[i] = static_cast<uint8_t>(__float_as_uint(code));
-    }
+    for (int i = 0; i < kCount; ++i) out[i] = rounding.code(unit[i]);
     if (has_outliers) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) out[i] = magnitude(unit[i]) < limit_ ? out[i] : 0;

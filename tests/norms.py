@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowbit_rs._norm_ops import NormKind
+from lowbit_rs.nn.norm import normalize
 from strategies import DTYPES
 
 KINDS = {
@@ -54,6 +55,36 @@ def assert_exact(y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     assert y.shape == x.shape
     distance = (y.double() - wanted).abs()
     assert bool((distance <= bound).all()), f"{float((distance / bound).max())} times the bound"
+
+
+def assert_gradients(
+    grad: Tensor, total_grad: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: NormKind
+) -> None:
+    """That autograd through ``normalize`` gives what it gives through the formula in fp64.
+
+    With ``total_grad``, x is added to a residual of zeros, and that is the gradient of the sum.
+    """
+    tensors = {name: part for name, part in (("x", x), ("weight", weight), ("bias", bias)) if part is not None}
+    inputs = {name: part.detach().requires_grad_() for name, part in tensors.items()}
+    wide = {name: part.detach().double().requires_grad_() for name, part in tensors.items()}
+    residual = None if total_grad is None else torch.zeros_like(x)
+    results = normalize(inputs["x"], residual, inputs.get("weight"), inputs.get("bias"), kind)
+    formula = wide["x"] - wide["x"].mean(-1, keepdim=True) if kind.centered else wide["x"]
+    formula = formula * (formula.square().mean(-1, keepdim=True) + kind.eps).rsqrt()
+    formula = formula * (wide["weight"] + kind.unit_offset if weight is not None else 1)
+    formula = formula + wide.get("bias", 0)
+    grads = [part for part in (grad, total_grad) if part is not None]
+    mine = torch.autograd.grad([part for part in results if part is not None], list(inputs.values()), grads)
+    wanted = torch.autograd.grad([formula, wide["x"]][: len(grads)], list(wide.values()), [g.double() for g in grads])
+    sizes = grad.double().abs().sum(tuple(range(grad.dim() - 1)))  # what sums over rows are made of
+    for name, got, expected in zip(inputs, mine, wanted, strict=True):
+        assert got.dtype == tensors[name].dtype
+        # Sums are fp32; gradients to x cancel in them, at most to what is summed.
+        summed = expected.abs().amax(-1, keepdim=True) if name == "x" else 8 * sizes
+        numbers = torch.finfo(got.dtype)
+        bound = numbers.eps * expected.abs() + 1e-5 * summed + numbers.smallest_normal
+        distance = (got.double() - expected).abs()
+        assert bool((distance <= bound).all()), f"{name}: {float((distance / bound).max())} times the bound"
 
 
 @st.composite

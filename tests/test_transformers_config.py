@@ -23,7 +23,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"codebook": torch.tensor([-1.0, -0.1, 0.0, 0.3]), "scale_dtype": "float16", "signed_absmax": True},
     {"codebook": "fit", "block_size": 32},
     {"overrides": {"*.down_proj": {"block_size": 32, "scale_dtype": torch.bfloat16}, "head": {"codebook": (0.0, 1.0)}}},
-    {"block_order": "flat", "nonfinite": "propagate"},
+    {"block_order": "flat", "nonfinite": "propagate", "fuse": True, "fuse_norms": True},
 )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 import lowbit_rs
 import tiny_models
+from lowbit_rs import LowbitConfig
 from lowbit_rs._norm_ops import NormKind
 from lowbit_rs.nn import LayerNorm, RMSNorm
 from lowbit_rs.nn.fused_norms import fused
@@ -77,6 +80,42 @@ def test_training_goes_on() -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bert"])
+def test_norms_are_fused_while_a_model_loads(architecture: str, tmp_path: Path) -> None:
+    """And again when it is loaded from the files that it was saved to."""
+    model = tiny_models.make_model(architecture)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln" in name:
+            nn.init.normal_(parameter, 1.0, 0.3)
+    model.save_pretrained(tmp_path / "float")
+    plain = tiny_models.load(tmp_path / "float", quantization_config=LowbitConfig())
+    fused = tiny_models.load(tmp_path / "float", quantization_config=LowbitConfig(fuse_norms=True))
+    names = fused.hf_quantizer.report.fused_norms
+    assert names
+    assert {type(fused.get_submodule(name)) for name in names} <= {RMSNorm, LayerNorm}
+    assert not [name for name, value in fused.named_parameters() if value.is_meta]
+    wanted = tiny_models.logits_of(plain)
+    tolerance = 32 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(tiny_models.logits_of(fused), wanted, rtol=0, atol=tolerance)
+    fused.save_pretrained(tmp_path / "packed")
+    assert json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["fuse_norms"] is True
+    again = tiny_models.load(tmp_path / "packed")
+    assert again.hf_quantizer.report.fused_norms == names
+    assert list(again.state_dict()) == list(fused.state_dict()) == list(plain.state_dict())
+    assert torch.equal(tiny_models.logits_of(again), tiny_models.logits_of(fused))
+
+
+def test_skipped_norms_and_wrong_flags(tmp_path: Path) -> None:
+    tiny_models.make_model("llama").save_pretrained(tmp_path)
+    config = LowbitConfig(fuse_norms=True, skip_modules=["lm_head", "model.norm"])
+    report = tiny_models.load(tmp_path, quantization_config=config).hf_quantizer.report
+    assert report.fused_norms
+    assert "model.norm" not in report.fused_norms
+    assert report.skipped["model.norm"] == "matches skip='model.norm'"
+    with pytest.raises(lowbit_rs.InvalidArgument, match="fuse_norms"):
+        LowbitConfig(fuse_norms=1)
 
 
 def test_bert_has_torchs_norms() -> None:

@@ -25,13 +25,13 @@ using T = bfloat16;
 struct Variant {
   const char* name;
   void (*kernel)(ProductMaps, ProductOperands);
-  int columns, cluster, shared;
+  int columns, shared;
 };
 
 const Variant kVariants[] = {
-    {"128x256x2", linear_int8_bfloat16_256, 256, 2, Product<T, 256, 2>::kSharedBytes},
-    {"128x128", linear_int8_bfloat16_128, 128, 1, Product<T, 128, 1>::kSharedBytes},
-    {"128x64", linear_int8_bfloat16_64, 64, 1, Product<T, 64, 1>::kSharedBytes},
+    {"128x256", linear_int8_bfloat16_256, 256, Product<T, 256>::kSharedBytes},
+    {"128x128", linear_int8_bfloat16_128, 128, Product<T, 128>::kSharedBytes},
+    {"128x64", linear_int8_bfloat16_64, 64, Product<T, 64>::kSharedBytes},
 };
 
 int multiprocessors;
@@ -191,9 +191,9 @@ void multiply(const Variant& v, const Buffers& b, const Shape& s, int tokens, fl
     }
     asked = true;
   }
-  const int tiles = (tokens + 128 * v.cluster - 1) / (128 * v.cluster) * ((s.rows + v.columns - 1) / v.columns);
+  const int tiles = (tokens + 127) / 128 * ((s.rows + v.columns - 1) / v.columns);
   cudaLaunchConfig_t config = {};
-  config.gridDim = std::min(tiles * v.cluster, multiprocessors / v.cluster * v.cluster);
+  config.gridDim = std::min(tiles, multiprocessors);
   config.blockDim = kProductThreads;
   config.dynamicSmemBytes = v.shared;
   config.stream = stream;
@@ -202,7 +202,7 @@ void multiply(const Variant& v, const Buffers& b, const Shape& s, int tokens, fl
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
   config.numAttrs = depends;
-  const int box_rows = v.columns / v.cluster;
+  const int box_rows = v.columns;
   const ProductMaps maps{map_of(b.codes, tokens, s.cols, s.cols, 128), map_of(b.w, s.rows, s.cols, s.cols, box_rows),
                          map_of(b.x_side, tokens, kSideCapacity, 2 * kSideCapacity, 128, true),
                          map_of(b.w_side, s.rows, kSideCapacity, 2 * kSideCapacity, box_rows, true)};

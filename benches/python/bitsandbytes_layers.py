@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,17 +50,26 @@ def four_bit(
     return layer.to(device).eval()  # type: ignore[no-any-return]  # moving a layer to its device quantizes it
 
 
-def eight_bit(weight: Tensor, threshold: float) -> nn.Module:
+def eight_bit(weight: Tensor, threshold: float, device: str = "cpu") -> nn.Module:
     """Linear8bitLt; columns of x with a value of ``threshold`` or more are multiplied in 16 bits, with 0 none is."""
     layer = bitsandbytes().nn.Linear8bitLt(
         weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=threshold
     )
-    return _load(layer, weight)
+    return _load(layer, weight, device)
 
 
-def _load(layer: nn.Module, weight: Tensor) -> nn.Module:
+def _load(layer: nn.Module, weight: Tensor, device: str) -> nn.Module:
     layer.load_state_dict({"weight": weight})
-    return layer.to("cpu").eval()  # moving a layer to its device quantizes it
+    return layer.to(device).eval()  # moving a layer to its device quantizes it
+
+
+def replace_layers(model: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
+    """Puts what ``make`` gives for a weight in the place of every linear layer but the last."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        layer: Any = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, make(layer.weight.data))
 
 
 def path_taken(layer: Any) -> str:

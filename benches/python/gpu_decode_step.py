@@ -22,7 +22,7 @@ from torch import nn
 
 import lowbit_rs
 from arguments import numbers, parse_for_gpu
-from bitsandbytes_layers import MissingError, four_bit
+from bitsandbytes_layers import MissingError, four_bit, replace_layers
 from environment import save
 from gpu_timing import eager_seconds, graph_seconds
 
@@ -121,12 +121,7 @@ def lowbit(**options: Any) -> Callable[[nn.Module], None]:
 
 def bitsandbytes(model: nn.Module) -> None:
     """Packs in NF4 with bitsandbytes, all layers but the last, as transformers does."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        layer = parent.get_submodule(name.rpartition(".")[2])
-        assert isinstance(layer.weight, torch.Tensor)
-        setattr(parent, name.rpartition(".")[2], four_bit(layer.weight.data, "nf4", device="cuda"))
+    replace_layers(model, lambda weight: four_bit(weight, "nf4", device="cuda"))
 
 
 def nothing(_model: nn.Module) -> None:

@@ -4,7 +4,8 @@
 
 Calls run in CUDA graphs over several inputs, and every result is kept, so that neither is in the cache from the call
 before. The norm is Llama's (the product after the cast), with and without the addition of a residual before it, and
-LayerNorm. Writes benches/results/gpu_norm.json.
+LayerNorm. "int8" is the result and its rows in int8; "gradient" is a norm and its gradient to x, "all gradients" those
+to weight and bias as well. Writes benches/results/gpu_norm.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from arguments import parse_for_gpu
 from environment import save
 from gpu_timing import copy_bandwidth, graph_seconds
+from lowbit_rs._backends import cuda
 from lowbit_rs.nn import LayerNorm, RMSNorm
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +47,12 @@ def _rms_residual(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, 
 
 def _layer(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, weight, _EPS)
+
+
+def _rms_int8(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = _rms(x, weight)
+    scale = y.abs().amax(-1, keepdim=True).float() / 127
+    return y, torch.round(y / scale).to(torch.int8), scale
 
 
 @torch.inference_mode()
@@ -77,13 +85,14 @@ def _measure(width: int, count: int, dtype: torch.dtype) -> list[dict[str, Any]]
     alone: _Inputs = [(x,) for x in xs]
     pairs: _Inputs = list(zip(xs, residuals, strict=True))
     columns = (weight,)
-    cases: dict[str, tuple[_Inputs, int, _Function, _Function]] = {
+    cases: dict[str, tuple[_Inputs, float, _Function, _Function]] = {
         "rms": (alone, 2, rms, _rms),
         "rms + residual": (pairs, 4, rms, _rms_residual),
         "layer": (alone, 2, layer, _layer),
+        "rms, int8": (alone, 2.5, lambda x: cuda.norm_rounded(x, None, weight, None, rms.kind, 0.0), _rms_int8),
     }
     copied = _seconds(torch.clone, alone, ())
-    return [
+    forward = [
         {
             "norm": name,
             "width": width,
@@ -96,6 +105,44 @@ def _measure(width: int, count: int, dtype: torch.dtype) -> list[dict[str, Any]]
         }
         for name, (tensors, passes, mine, theirs) in cases.items()
     ]
+    return forward + _measure_gradients(xs, weight, rms, layer, copied)
+
+
+@torch.inference_mode(False)
+def _measure_gradients(
+    xs: Sequence[Tensor], weight: Tensor, rms: RMSNorm, layer: LayerNorm, copied: float
+) -> list[dict[str, Any]]:
+    rows = []
+    grad = torch.randn_like(xs[0]).clone()
+    inputs = [x.clone().requires_grad_() for x in xs]
+    for frozen in (True, False):
+        columns = (weight.clone().requires_grad_(not frozen),)
+        for norm in (rms, layer):
+            for name, parameter in list(norm.named_parameters()):
+                setattr(norm, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=not frozen))
+        for name, mine, theirs in (("rms", rms, _rms), ("layer", layer, _layer)):
+            compiled = torch.compile(theirs, dynamic=False)
+            times = {
+                "lowbit_s": _gradient_seconds(mine, inputs, tuple(mine.parameters()), (), grad),
+                "compile_s": _gradient_seconds(compiled, inputs, columns, columns, grad),
+                "eager_s": _gradient_seconds(theirs, inputs, columns, columns, grad),
+            }
+            label = f"{name}, {'gradient' if frozen else 'all gradients'}"
+            shape = {"norm": label, "width": grad.shape[1], "rows": grad.shape[0], "bytes": 5 * grad.nbytes}
+            rows.append({**shape, **times, "copy_s": copied * 2.5})
+    return rows
+
+
+def _gradient_seconds(
+    function: _Function, inputs: Sequence[Tensor], wanted: tuple[Tensor, ...], columns: tuple[Tensor, ...], grad: Tensor
+) -> float:
+    kept: list[Any] = []
+
+    def call(x: Tensor) -> None:
+        sources = [x, *(column for column in wanted if column.requires_grad)]
+        kept.append(torch.autograd.grad(function(x, *columns), sources, grad))
+
+    return graph_seconds([partial(call, x) for x in inputs])
 
 
 def _seconds(function: _Function, inputs: _Inputs, columns: tuple[Tensor, ...]) -> float:

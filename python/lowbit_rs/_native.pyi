@@ -210,6 +210,21 @@ def cuda_norm(
     weight: _Floats | None,
     bias: _Floats | None,
     out: _Floats,
+    rounded: tuple[float, tuple[_Buffer, _Buffer, _Buffer | None]] | None,
+    stream: int,
+) -> None: ...
+def cuda_norm_sum_lines(device: int, tokens: int, cols: int) -> int: ...
+def cuda_norm_backward(
+    device: int,
+    kind: tuple[float, bool, bool, bool],
+    rows: tuple[_Floats, int],
+    grad: tuple[_Floats, int],
+    of_total: tuple[_Floats, int] | None,
+    tokens: int,
+    cols: int,
+    weight: _Floats | None,
+    out: _Floats | None,
+    sums: _Floats | None,
     stream: int,
 ) -> None: ...
 def use_torch(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit_rs._backends import backend_of
+from lowbit_rs._backends import backend_of, cuda
 from lowbit_rs.errors import invalid
 from lowbit_rs.packed import dtype_name
 
@@ -33,11 +33,14 @@ class NormKind(NamedTuple):
 
 
 _library = torch.library.Library("lowbit_rs", "FRAGMENT")
-_OPERANDS = "Tensor? weight, Tensor? bias, float eps, bool centered, bool unit_offset, bool cast_before_weight"
+_KIND = "float eps, bool centered, bool unit_offset, bool cast_before_weight"
+_OPERANDS = f"Tensor? weight, Tensor? bias, {_KIND}"
 
 for _schema in (
     f"norm(Tensor x, {_OPERANDS}) -> Tensor",
     f"norm_residual(Tensor x, Tensor residual, {_OPERANDS}) -> (Tensor, Tensor)",
+    f"norm_backward(Tensor rows, Tensor grad, Tensor? grad_total, Tensor? weight, {_KIND}, bool needs_rows, "
+    "bool needs_columns) -> (Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -104,29 +107,66 @@ def _save(ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, ki
 
 
 def _backward_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    of_rows, of_weight, of_bias = _gradients(ctx, grad, ctx.needs_input_grad[:3])
-    dtype = ctx.saved_tensors[0].dtype
-    return None if of_rows is None else of_rows.to(dtype), of_weight, of_bias, *[None] * len(ctx.kind)
+    gradients = _gradients(ctx, grad, None, ctx.needs_input_grad[:3])
+    return *gradients, *[None] * len(ctx.kind)
 
 
 def _backward_norm_residual(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Any, ...]:
     needs_x, needs_residual, *needs_columns = ctx.needs_input_grad[:4]
     needs = (needs_x or needs_residual, *needs_columns)
-    of_rows, of_weight, of_bias = _gradients(ctx, grad, needs)
-    if of_rows is not None:
-        of_rows = (of_rows + grad_total).to(ctx.saved_tensors[0].dtype)
+    of_rows, of_weight, of_bias = _gradients(ctx, grad, grad_total, needs)
     of_x, of_residual = of_rows if needs_x else None, of_rows if needs_residual else None
     return of_x, of_residual, of_weight, of_bias, *[None] * len(ctx.kind)
 
 
-def _gradients(ctx: Any, grad: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients to rows (in fp32), weight and bias, made of operations of torch: differentiable in turn.
+def _gradients(ctx: Any, grad: Tensor, grad_total: Tensor | None, needs: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The gradients to rows, weight and bias; ``grad_total``, that of the rows from elsewhere, is added to the first.
 
     With n = (t - mean) / s and g = grad * weight: ``(g - mean(g) - n mean(g n)) / s`` to t, and to the weight the sum
-    of ``grad * n`` over rows. Statistics are computed anew, which costs less than keeping them would in memory.
+    of ``grad * n`` over rows. Statistics are computed anew, which costs less than keeping them would in memory. On
+    a GPU a kernel does all that, unless somebody asks for gradients of the gradients.
     """
     rows, weight = ctx.saved_tensors
-    kind = ctx.kind
+    needs_rows, needs_weight, needs_bias = needs
+    if not rows.is_cuda or torch.is_grad_enabled():
+        return _composed_gradients(ctx, grad, grad_total, needs)
+    grad = grad.to(rows.dtype)
+    # The bias of a norm that is not centered, which hardly any has, is not the kernel's.
+    needs_columns = needs_weight or (needs_bias and ctx.kind.centered)
+    of_rows, sums = torch.ops.lowbit_rs.norm_backward.default(
+        rows, grad, grad_total, weight, *ctx.kind, needs_rows, needs_columns
+    )
+    of_bias = None
+    if needs_bias:
+        of_bias = (sums[1] if ctx.kind.centered else _sum_of_rows(grad.float())).to(ctx.bias_dtype)
+    return of_rows if needs_rows else None, sums[0].to(weight.dtype) if needs_weight else None, of_bias
+
+
+def _norm_backward(
+    rows: Tensor, grad: Tensor, grad_total: Tensor | None, weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *kind, needs_rows, needs_columns = rest
+    return cuda.norm_backward(rows, grad, grad_total, weight, kind, (needs_rows, needs_columns))
+
+
+def _norm_backward_fake(
+    rows: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None,
+    weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *kind, needs_rows, needs_columns = rest
+    sums = (1 + kind[1], rows.shape[-1]) if needs_columns else (0,)
+    return rows.new_empty(rows.shape if needs_rows else (0,)), rows.new_empty(sums, dtype=torch.float32)
+
+
+def _composed_gradients(
+    ctx: Any, grad: Tensor, grad_total: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """``_gradients`` made of operations of torch in fp32: differentiable in turn."""
+    rows, weight = ctx.saved_tensors
+    kind, dtype = ctx.kind, rows.dtype
     rows, grad = rows.float(), grad.float()
     if kind.centered:
         rows = rows - rows.mean(-1, keepdim=True)
@@ -140,6 +180,7 @@ def _gradients(ctx: Any, grad: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor 
         if kind.centered:
             of_rows = of_rows - scaled.mean(-1, keepdim=True)
         of_rows = of_rows * inverse
+        of_rows = (of_rows if grad_total is None else of_rows + grad_total).to(dtype)
     if needs_weight:
         of_weight = _sum_of_rows(grad * normalized).to(weight.dtype)
     if needs_bias:
@@ -159,3 +200,6 @@ for _name, _function, _fake, _backward, _setup in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit_rs::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"lowbit_rs::{_name}", _backward, setup_context=_setup, lib=_library)
+
+_library.impl("norm_backward", _norm_backward, "CUDA")
+torch.library.register_fake("lowbit_rs::norm_backward", _norm_backward_fake, lib=_library)

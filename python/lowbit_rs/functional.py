@@ -188,10 +188,17 @@ def joined_linear(
 
     ``view`` is the backend's of the whole, ``weight`` the operands of any piece, which tell the device.
     """
-    x = _ordered(_autocast(x), shape[-1], permutation)
-    rounded = x if compute_dtype is None else x.to(compute_dtype)
-    _ops.check_linear(rounded, bias, weight, shape)
-    return backend.linear(view, rounded, bias, *rounding).to(x.dtype)
+    x, dtype = joined_input(x, shape[-1], compute_dtype, permutation)
+    _ops.check_linear(x, bias, weight, shape)
+    return backend.linear(view, x, bias, *rounding).to(dtype)
+
+
+def joined_input(
+    x: Tensor, width: int, compute_dtype: torch.dtype | None, permutation: Tensor | None
+) -> tuple[Tensor, torch.dtype]:
+    """x [..., K] as it is multiplied, where nobody watches, and the dtype of the product."""
+    x = _ordered(_autocast(x), width, permutation)
+    return x if compute_dtype is None else x.to(compute_dtype), x.dtype
 
 
 def _ordered(x: Tensor, width: int, permutation: Tensor | None) -> Tensor:

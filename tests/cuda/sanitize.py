@@ -102,6 +102,16 @@ def _norms() -> None:
         assert same is not None
         assert torch.equal(total.cpu(), same)
         torch.testing.assert_close(y.cpu(), wanted, rtol=2e-2, atol=2e-2)
+        for threshold in (0.0, 1.0):
+            y, _, made = cuda.norm_rounded(x.cuda(), residual.cuda(), weight.cuda(), None, kind, threshold)
+            assert torch.equal(made.codes, cuda.round_rows(y, threshold).codes)
+        gradients = []
+        for device in ("cpu", "cuda"):
+            rows, factors = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
+            results = [part for part in normalize(rows, residual.to(device), factors, None, kind) if part is not None]
+            gradients.append(torch.autograd.grad(results, (rows, factors), [residual.to(device)] * 2))
+        for mine, other in zip(*gradients, strict=True):
+            assert _distance(other.cpu(), mine) < 1e-2, (kind, width, dtype)
 
 
 if __name__ == "__main__":

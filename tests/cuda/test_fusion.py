@@ -15,6 +15,9 @@ from lowbit_rs import fuse_model, quantize_model
 from lowbit_rs._backends import cuda
 from test_fusion import QKV, Attention, is_joined
 
+hopper = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="8-bit products are Hopper's"
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -86,6 +89,61 @@ def test_another_stream_is_another_product(products: list[int]) -> None:
     assert products == [160, 160]
     torch.cuda.synchronize()
     assert_same((q, k), plain(x)[:2])
+
+
+@pytest.fixture
+def roundings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every activation that is rounded."""
+    made: list[int] = []
+    round_rows = cuda.round_rows
+
+    def counted(x: Tensor, threshold: float) -> cuda.Int8Rows:
+        made.append(x.numel() // x.shape[-1])
+        return round_rows(x, threshold)
+
+    monkeypatch.setattr(cuda, "round_rows", counted)
+    return made
+
+
+@hopper
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16])
+def test_activations_are_rounded_once(
+    compute_dtype: torch.dtype | None, threshold: float, roundings: list[int]
+) -> None:
+    options = {"format": "int8", "block_size": "row", "activation": "int8", "threshold": threshold}
+    fused, plain = pair(torch.bfloat16, compute_dtype=compute_dtype, **options)
+    for shape in ((17, 64), (2, 50, 64)):
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        expected = plain(x)
+        roundings.clear()
+        for one, other in zip(fused(x), expected, strict=True):
+            assert torch.equal(one, other)
+        assert roundings == [x.numel() // 64]
+        x.mul_(2)  # what was rounded is out of date
+        assert torch.equal(fused.q_proj(x), plain.q_proj(x))
+        x.mul_(2)
+        assert torch.equal(fused.k_proj(x), plain.k_proj(x))
+
+
+@hopper
+@torch.no_grad()
+def test_rounded_once_in_a_graph(roundings: list[int]) -> None:
+    fused, plain = pair(torch.bfloat16, format="int8", block_size="row", activation="int8", threshold=3.0)
+    x = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16)
+    fused(x)
+    fused.q_proj(x)  # parts that are left are none of the graph's
+    graph = torch.cuda.CUDAGraph()
+    roundings.clear()
+    with torch.cuda.graph(graph):
+        parts = fused(x)
+    assert roundings == [40]
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        for one, other in zip(parts, plain(x), strict=True):
+            assert torch.equal(one, other)
 
 
 @torch.no_grad()

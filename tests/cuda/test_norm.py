@@ -13,7 +13,7 @@ import lowbit_rs
 from lowbit_rs._norm_ops import NormKind
 from lowbit_rs.nn import LayerNorm, RMSNorm
 from lowbit_rs.nn.norm import normalize
-from norms import KINDS, assert_exact, cases
+from norms import KINDS, assert_exact, assert_gradients, cases
 from test_norm import MODULES, Block, Case, LlamaNorm
 
 #: Every kernel, full and with lanes that have nothing to do, and widths that are no whole vectors or too wide.
@@ -85,6 +85,83 @@ def test_gradients_are_those_of_the_cpu(name: str) -> None:
         gradients.append([part.cpu() for part in (source.grad, *(p.grad for p in moved.parameters()))])
     for mine, wanted in zip(gradients[1], gradients[0], strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_kernel_of_gradients(width: int, name: str, dtype: torch.dtype) -> None:
+    kind = KINDS[name]
+    # More rows than blocks walk them at once, where they share one; and one.
+    for rows, weight_dtype, has_bias in ((1, dtype, True), (700, dtype, False), (37, torch.float32, True)):
+        x = (torch.randn(rows, width, device="cuda") * 3 + 1).to(dtype)
+        grad, total_grad = (torch.randn(rows, width, device="cuda").to(dtype) for _ in range(2))
+        weight = torch.randn(width, device="cuda").to(weight_dtype)
+        bias = torch.randn(width, device="cuda").to(weight_dtype) if has_bias else None
+        assert_gradients(grad, None, x, weight, bias, kind)
+        assert_gradients(grad, total_grad, x, weight, bias, kind)
+    assert_gradients(grad, None, x, None, None, kind)
+
+
+@given(cases())
+def test_gradients_are_exact(case: Case) -> None:
+    *tensors, kind = case
+    x, _, weight, bias = (None if tensor is None else tensor.cuda() for tensor in tensors)
+    assert x is not None
+    generator = torch.Generator().manual_seed(1)
+    grad, total_grad = (torch.randn(x.shape, generator=generator).to(x) for _ in range(2))
+    assert_gradients(grad, total_grad, x, weight, bias, kind)
+
+
+def test_gradients_of_any_strides() -> None:
+    x, weight = torch.randn(6, 256, device="cuda"), torch.randn(256, device="cuda")
+    wide = torch.randn(6, 300, device="cuda")
+    for rows in (x.T.contiguous().T, wide[:, :256], wide[:, 1:257]):
+        assert_gradients(x, wide[:, 3:259], rows, weight, None, KINDS["plain"])
+        assert_gradients(rows, x, x, weight, weight, KINDS["layer"])
+    assert_gradients(torch.ones(1, 1, device="cuda").expand(6, 256), None, x, weight, weight, KINDS["layer"])
+
+
+def test_gradients_of_no_rows_and_of_frozen_parameters() -> None:
+    norm = LayerNorm(64, device="cuda")
+    norm(torch.empty(0, 64, device="cuda", requires_grad=True)).sum().backward()
+    assert torch.equal(norm.weight.grad, torch.zeros(64, device="cuda"))
+    norm.requires_grad_(False).zero_grad()
+    x = torch.randn(5, 64, device="cuda", requires_grad=True)
+    norm(x).square().sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is None
+    norm.weight.requires_grad_()
+    norm(x.detach()).sum().backward()
+    assert norm.weight.grad is not None
+
+
+# opcheck itself reads .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "layer"])
+def test_gradients_are_well_formed_and_differentiable(name: str) -> None:
+    x, weight = (torch.randn(size, device="cuda", requires_grad=True) for size in ((3, 16), (16,)))
+    torch.library.opcheck(torch.ops.lowbit_rs.norm.default, (x, weight, None, *KINDS[name]))
+    grad = torch.randn_like(x)
+    for needs in ((True, True), (True, False), (False, True)):
+        arguments = (x.detach(), grad, grad, weight.detach(), *KINDS[name], *needs)
+        torch.library.opcheck(torch.ops.lowbit_rs.norm_backward.default, arguments)
+    (first,) = torch.autograd.grad(normalize(x, None, weight, None, KINDS[name])[0], x, grad, create_graph=True)
+    (plain,) = torch.autograd.grad(normalize(x, None, weight, None, KINDS[name])[0], x, grad)
+    torch.testing.assert_close(first, plain)
+    (second,) = torch.autograd.grad(first.square().sum(), weight)
+    assert bool(second.isfinite().all())
+
+
+def test_compiled_gradients() -> None:
+    norm = LayerNorm(64, device="cuda")
+    nn.init.normal_(norm.weight)
+    x = torch.randn(5, 64, device="cuda", requires_grad=True)
+    wanted = torch.autograd.grad(norm(x).square().sum(), (x, norm.weight, norm.bias))
+    compiled = torch.compile(norm, fullgraph=True)
+    for mine, exact in zip(
+        torch.autograd.grad(compiled(x).square().sum(), (x, norm.weight, norm.bias)), wanted, strict=True
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")

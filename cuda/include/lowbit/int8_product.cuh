@@ -2,8 +2,8 @@
 //
 // A block has a tile of 128 tokens and kN outputs at a time. Of its three warp groups the first feeds the others: one
 // thread copies tiles of 128 bytes of the sum by tensor maps into a ring in shared memory, three warps gather what else
-// a tile needs. The other two multiply, 64 tokens each, sums in registers. In a cluster of two blocks, which lie above
-// each other, each copies half of the weights to both.
+// a tile needs. The other two multiply, 64 tokens each, sums in registers. Blocks that lie above each other do not share
+// their copies of the weight: waiting for each other's stages took longer than the L2 cache takes to read them twice.
 //
 // Columns of outliers: sums in int32 become fp32 and meet the scale of their row; then what x is beyond its codes, in
 // 16 bits, times the codes of the weight is added by the same units. Most come through the ring as well, from where
@@ -13,12 +13,9 @@
 
 #include "int8_rows.cuh"
 #include "int8_units.cuh"
+#include "tensor_map.cuh"
 
 namespace lowbit {
-
-struct alignas(64) TensorMap {
-  uint8_t bytes[128];
-};
 
 // Of the codes of activations and of the weight, and of the columns of outliers of both; as in
 // rust/core/src/cuda/int8.rs.
@@ -57,9 +54,9 @@ constexpr int kSideColumns = kSideRow / 2;
 constexpr int kStageColumns = kStageRow / 2;
 constexpr int kGatherers = 96;
 // Tiles of tokens that are worked on side by side, so that what is read of either operand stays in the L2 cache.
-constexpr int kGroup = 8;
+constexpr int kGroup = 32;
 
-template <typename T, int kN, int kCluster>
+template <typename T, int kN>
 class Product {
   using Number = typename Side<T>::Number;
   static constexpr int kParts = Side<T>::kParts;
@@ -81,9 +78,8 @@ class Product {
     side_ = kStages * kStageBytes;
     columns_ = side_ + kSideBytes;
     barriers_ = start + columns_ + kColumnBytes;
-    rank_ = kCluster == 1 ? 0 : cluster_rank();
     steps_ = (o.cols + kStageRow - 1) / kStageRow;
-    token_tiles_ = (o.tokens + kTileTokens * kCluster - 1) / (kTileTokens * kCluster);
+    token_tiles_ = (o.tokens + kTileTokens - 1) / kTileTokens;
     output_tiles_ = (o.rows + kN - 1) / kN;
   }
 
@@ -91,13 +87,13 @@ class Product {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         init_barrier(full(stage), 1);
-        init_barrier(empty(stage), 2 * kCluster);
+        init_barrier(empty(stage), 2);
       }
       init_barrier(side_full(), kGatherers);
       init_barrier(side_empty(), 2);
       barrier_init_done();
     }
-    kCluster == 1 ? __syncthreads() : cluster_sync();
+    __syncthreads();
     wait_for_previous_kernel();
     const int all = o_.outliers == nullptr ? 0 : *Outliers{o_.outliers, Outliers::words_of(o_.cols)}.count();
     in_side_ = min(all, kSideCapacity / kParts);
@@ -115,9 +111,6 @@ class Product {
       take_registers<224>();
       multiply(group - 1);
     }
-    __syncwarp();
-    // Nobody leaves while another block may still copy to it or arrive at its barriers.
-    if (kCluster > 1) cluster_sync();
   }
 
  private:
@@ -129,8 +122,8 @@ class Product {
   __device__ __forceinline__ uint32_t empty(int stage) const { return barriers_ + 8 * (kStages + stage); }
   __device__ __forceinline__ uint32_t side_full() const { return barriers_ + 16 * kStages; }
   __device__ __forceinline__ uint32_t side_empty() const { return barriers_ + 16 * kStages + 8; }
-  __device__ __forceinline__ int first() const { return blockIdx.x / kCluster; }
-  __device__ __forceinline__ int step() const { return gridDim.x / kCluster; }
+  __device__ __forceinline__ int first() const { return blockIdx.x; }
+  __device__ __forceinline__ int step() const { return gridDim.x; }
   __device__ __forceinline__ int count() const { return token_tiles_ * output_tiles_; }
 
   // Tiles in groups of rows of them, within a group one column after the other.
@@ -139,7 +132,7 @@ class Product {
     const int group = index / per_group, in_group = index % per_group;
     const int height = min(kGroup, token_tiles_ - group * kGroup);
     const int row = group * kGroup + in_group % height;
-    return {(row * kCluster + static_cast<int>(rank_)) * kTileTokens, in_group / height * kN};
+    return {row * kTileTokens, in_group / height * kN};
   }
 
   // How many times the side is filled for a tile: once at least, for the scales of its columns.
@@ -167,15 +160,8 @@ class Product {
   __device__ __forceinline__ void copy_stage(const Tile& t, int stage, const TensorMap& x, const TensorMap& w,
                                              int column) const {
     const uint32_t to = ring_ + stage * kStageBytes;
-    const uint32_t weights = to + kTileTokens * kStageRow;
-    copy_box(to, &x, full(stage), column, t.token);
-    if (kCluster == 1) {
-      copy_box(weights, &w, full(stage), column, t.output);
-    } else {
-      constexpr int kPart = kN / kCluster;
-      const uint32_t part = weights + rank_ * kPart * kStageRow;
-      copy_box_to((1 << kCluster) - 1, part, &w, full(stage), column, t.output + rank_ * kPart);
-    }
+    copy_box_async(to, x, column, t.token, full(stage));
+    copy_box_async(to + kTileTokens * kStageRow, w, column, t.output, full(stage));
   }
 
   // ---- the side: scales and biases of columns, and outliers beyond those that are in the ring
@@ -317,13 +303,9 @@ class Product {
     }
   }
 
-  // The stage may be filled again, as far as this warp group is concerned: all blocks that copy to it are told.
+  // The stage may be filled again, as far as this warp group is concerned.
   __device__ __forceinline__ void release(int stage, int thread) const {
-    if (kCluster == 1) {
-      if (thread == 0) arrive(empty(stage));
-    } else if (thread < kCluster) {
-      barrier_arrive_at(empty(stage), thread);
-    }
+    if (thread == 0) arrive(empty(stage));
   }
 
   __device__ __forceinline__ void finish(const Tile& t, int token, int group, int thread, int32_t (&y)[kN / 2],
@@ -428,7 +410,7 @@ class Product {
   const ProductMaps& maps_;
   const ProductOperands& o_;
   uint8_t* generic_;
-  uint32_t ring_, side_, columns_, barriers_, rank_;
+  uint32_t ring_, side_, columns_, barriers_;
   int steps_, token_tiles_, output_tiles_;
   // Columns of outliers that come through the ring, its steps for them, and the other columns.
   int in_side_, side_steps_, outliers_;

@@ -35,6 +35,11 @@ struct RowOperands {
   int64_t codes_stride;  // codes behind the last column are written, as zeros
   int32_t cols;
   float threshold;
+
+  // Magnitudes from here on, as integers, are outliers.
+  __device__ __forceinline__ uint32_t limit() const {
+    return outliers == nullptr ? ~0u : __float_as_uint(threshold);
+  }
 };
 
 // Mirrored by `GatherOperands` in rust/core/src/cuda/int8.rs.
@@ -70,6 +75,25 @@ struct Side<float> {
 
 // The magnitude as an integer: in the order of the numbers, NaN above infinity.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
+
+// How the numbers of a row become codes and back.
+struct Rounding {
+  float inverse;
+  float scale;
+
+  __device__ __forceinline__ explicit Rounding(float absmax) {
+    inverse = __fdiv_rn(kLargestInt8, absmax);
+    const bool is_tiny = magnitude(inverse) >= 0x7f800000 && absmax < 1.0f;
+    if (is_tiny) inverse = 0.0f;
+    scale = is_tiny ? 0.0f : __fdiv_rn(absmax, kLargestInt8);
+  }
+
+  // The last byte of what is added to this is the nearest integer, ties to even: larger floats have no fraction.
+  __device__ __forceinline__ uint8_t code(float x) const {
+    constexpr float kIntegers = 12582912.0f;  // 1.5 * 2^23
+    return static_cast<uint8_t>(__float_as_uint(__fadd_rn(__fmul_rn(x, inverse), kIntegers)));
+  }
+};
 
 // What a number is beyond its code, in 16 bits: all, or the first or second part of fp32.
 template <typename T>

@@ -1,5 +1,5 @@
-// What products of int8 ask of Hopper beside wgmma.cuh and mbarrier.cuh: copies by tensor maps, barriers of a cluster, products of
-// int8. PTX ISA: wgmma, cp.async.bulk.tensor, mbarrier.
+// What products of int8 ask of Hopper beside wgmma.cuh, mbarrier.cuh and tensor_map.cuh: barriers that copies arrive at,
+// registers, products of int8. PTX ISA: wgmma, mbarrier.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +10,11 @@
 
 namespace lowbit {
 
-// ---- barriers that other blocks of a cluster and copies arrive at
+// ---- barriers that copies arrive at
 
-// Makes initialized barriers visible to the cluster and to copies.
+// Makes initialized barriers visible to copies.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// Arrives at the barrier with this address in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 // Arrives, and announces bytes that copies will bring.
@@ -34,47 +22,16 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase with this parity, and sees what other blocks of the cluster wrote before.
+// Waits for the end of the phase with this parity.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(barrier),
       "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// All threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// ---- copies of boxes of a matrix, by a tensor map
-
-__device__ __forceinline__ void copy_box(uint32_t to, const void* map, uint32_t barrier, int32_t x, int32_t y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
-
-// To the same place in all blocks of the mask, each told by its own barrier.
-__device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const void* map, uint32_t barrier, int32_t x,
-                                            int32_t y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
       : "memory");
 }
 

@@ -20,6 +20,13 @@ from lowbit_rs.errors import unsupported
 View = TypeVar("View")
 
 
+class SharedRows(Protocol):
+    """Activations that were rounded once for several products."""
+
+    def linear(self, weight: Any, bias: Tensor | None) -> Tensor:
+        """``Backend.linear`` with a weight that takes them: one from whose ``rounded_from`` on x has tokens."""
+
+
 class Backend(Protocol[View]):
     """What a device offers."""
 
@@ -54,6 +61,12 @@ class Backend(Protocol[View]):
     def rounded_from(self, weight: View, activation: str, dtype: torch.dtype) -> int | None:
         """From how many tokens on ``linear`` rounds x in ``dtype`` to 8 bits; None if never."""
 
+    def shared_rows(self, x: Tensor, threshold: float, rows: Any) -> SharedRows | None:
+        """x [..., K] as ``linear`` rounds it, for several weights; None where each product rounds by itself.
+
+        ``rows`` is what ``norm_rounded`` made of x with this threshold, or None.
+        """
+
     def linear_grouped(self, weight: View, experts: int, x: Tensor, counts: Tensor) -> Tensor | None:
         """Rows x [S, K], sorted by matrix of a stack of ``experts``, times their matrix: [S, N]; None without a kernel.
 
@@ -73,6 +86,17 @@ class Backend(Protocol[View]):
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, kind: Sequence[Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
+
+    def norm_rounded(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        kind: Sequence[Any],
+        threshold: float,
+    ) -> tuple[Tensor, Tensor | None, Any] | None:
+        """``norm``, and its result as ``shared_rows`` rounds it; None where that is not to be had."""
 
 
 def backend_of(device: torch.device) -> Backend[Any]:

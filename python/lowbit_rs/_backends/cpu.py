@@ -91,6 +91,14 @@ def rounded_from(weight: WeightView, activation: str, dtype: torch.dtype) -> int
     return _native.rounded_from(weight, activation, dtype_name(dtype))
 
 
+def shared_rows(x: Tensor, threshold: float, rows: Any) -> None:
+    """Products round activations themselves; those of one input are joined with any number of tokens."""
+
+
+def norm_rounded(*arguments: Any) -> None:
+    """Norms leave rounding to the products."""
+
+
 def linear_grouped(weight: WeightView, experts: int, x: Tensor, counts: Tensor) -> None:
     """No kernel takes a stack as a whole: matrices are multiplied one by one."""
 

@@ -156,10 +156,9 @@ def linear(weight: CudaWeight, x: Tensor, bias: Tensor | None, activation: str, 
     """
     x, tokens, row_stride = rows_of(x)
     values = floats(x)
-    if activation != "none":
-        first = rounded_from(weight, activation, x.dtype)
-        if first is not None and tokens >= first:
-            return linear_int8(weight, x, round_rows(x, threshold), bias)
+    first = None if activation == "none" else rounded_from(weight, activation, x.dtype)
+    if first is not None and tokens >= first:
+        return linear_int8(weight, x, round_rows(x, threshold), bias)
     if tokens > CUDA_MAX_TOKENS:
         sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride)
         if sizes is not None:
@@ -231,16 +230,35 @@ def round_rows(x: Tensor, threshold: float) -> Int8Rows:
     A row with NaN or an infinity is outliers in those places, or without a threshold gives a row of NaN.
     """
     x, tokens, row_stride = rows_of(x)
-    cols = x.shape[-1]
-    stride, words = _native.cuda_int8_sizes(cols)
-    codes = torch.empty((tokens, stride), dtype=torch.int8, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    outliers = torch.empty(words, dtype=torch.int32, device=x.device) if threshold else None
-    rows = Int8Rows(codes, scales, outliers)
-    device = x.get_device()
-    shape = tokens, cols
+    shape = tokens, x.shape[-1]
+    rows, device = _empty_rows(*shape, threshold, x.device), x.get_device()
     _native.cuda_round_rows(device, floats(x), shape, row_stride, threshold, rows.buffers(), _stream(device))
     return rows
+
+
+def _empty_rows(tokens: int, cols: int, threshold: float, device: torch.device) -> Int8Rows:
+    """Room for rows."""
+    stride, words = _native.cuda_int8_sizes(cols)
+    codes = torch.empty((tokens, stride), dtype=torch.int8, device=device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=device)
+    return Int8Rows(codes, scales, torch.empty(words, dtype=torch.int32, device=device) if threshold else None)
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Activations x [..., K] that were rounded once for several products."""
+
+    x: Tensor
+    rows: Int8Rows
+
+    def linear(self, weight: CudaWeight, bias: Tensor | None) -> Tensor:
+        """``linear`` of x with one of the weights that take it."""
+        return linear_int8(weight, self.x, self.rows, bias)
+
+
+def shared_rows(x: Tensor, threshold: float, rows: Int8Rows | None) -> SharedRows:
+    """x [..., K] rounded as ``linear`` does it; ``rows`` is that, if a norm has done it already."""
+    return SharedRows(x, round_rows(x, threshold) if rows is None else rows)
 
 
 def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:
@@ -307,8 +325,62 @@ def norm(
     """The rows of x [..., K], or of x + residual, normalized as ``kind`` (a NormKind) says, and that sum."""
     operands = NormOperands(x, residual, weight, bias)
     device = x.get_device()
-    _native.cuda_norm(device, tuple(kind), *operands.arguments, _stream(device))
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, None, _stream(device))
     return operands.y, operands.total
+
+
+def norm_rounded(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kind: Sequence[Any],
+    threshold: float,
+) -> tuple[Tensor, Tensor | None, Int8Rows]:
+    """``norm``, and its result as ``round_rows`` rounds it, in one pass where a kernel has room for a row."""
+    operands = NormOperands(x, residual, weight, bias)
+    device = x.get_device()
+    rows = _empty_rows(math.prod(x.shape[:-1]), x.shape[-1], threshold, x.device)
+    _native.cuda_norm(device, tuple(kind), *operands.arguments, (threshold, rows.buffers()), _stream(device))
+    return operands.y, operands.total, rows
+
+
+def norm_backward(
+    rows: Tensor,
+    grad: Tensor,
+    grad_total: Tensor | None,
+    weight: Tensor | None,
+    kind: Sequence[Any],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``norm`` to the rows [..., K] that were normalized, and in float32 to the columns.
+
+    Those of columns are [1, K], of the weight, and for a centered norm [2, K], of weight and bias. ``needs`` says which
+    of the two are wanted; the other is empty. ``grad_total`` is added to the first.
+    """
+    device, is_centered = rows.get_device(), kind[1]
+    of_rows = rows.new_empty(rows.shape if needs[0] else 0)
+    dense, tokens, stride = rows_of(rows)
+    cols = rows.shape[-1]
+    lines = _native.cuda_norm_sum_lines(device, tokens, cols) if needs[1] else 0
+    sums = rows.new_empty((lines, 1 + is_centered, cols), dtype=torch.float32)
+    grad, _, grad_stride = rows_of(grad)
+    total = None if grad_total is None else rows_of(grad_total)
+    weight, factors = column(weight)
+    _native.cuda_norm_backward(
+        device,
+        tuple(kind),
+        (floats(dense), stride),
+        (floats(grad), grad_stride),
+        None if total is None else (floats(total[0]), total[2]),
+        tokens,
+        cols,
+        factors,
+        floats(of_rows) if needs[0] else None,
+        floats(sums) if needs[1] else None,
+        _stream(device),
+    )
+    return of_rows, sums.sum(0) if needs[1] else sums.view(0)
 
 
 def linear_in_parts(weight: CudaWeight, x: Tensor, bias: Tensor | None, out: Tensor) -> None:

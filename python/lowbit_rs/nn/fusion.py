@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from lowbit_rs._backends import Backend, backend_of
+from lowbit_rs._backends import Backend, SharedRows, backend_of
+from lowbit_rs._ops import check_linear
 from lowbit_rs.errors import LowbitError
-from lowbit_rs.functional import is_unwatched, joined_linear
+from lowbit_rs.functional import is_unwatched, joined_input, joined_linear
 from lowbit_rs.nn.linear import QuantLinear
 from lowbit_rs.nn.report import Fusion
+from lowbit_rs.nn.rounded_rows import Wish, rows_of_origin, version_of
 from lowbit_rs.packed import state_key, why_not_joined
 
 #: Names of layers within one module that get the same input, in the order in which they are called.
@@ -40,17 +42,18 @@ _ROW_KEYS = tuple(state_key("weight", name) for name in ("data", "scale", "scale
 
 @dataclass(slots=True)
 class _Call:
-    """A product of which some parts are yet to be taken."""
+    """What was made for several members, and which of them are yet to take their part."""
 
     x: Tensor
     version: int | None
     context: Any
-    out: Tensor
+    made: Tensor | SharedRows  # the product for all members, or x rounded for their products
     waiting: int  # a bit for each member
+    dtype: torch.dtype
 
     def has(self, place: int, x: Tensor, context: Any) -> bool:
         """Whether the part at ``place`` is there, of a product with x as it is now."""
-        is_same = self.x is x and self.version == _version(x) and self.context == context
+        is_same = self.x is x and self.version == version_of(x) and self.context == context
         return is_same and bool(self.waiting >> place & 1)
 
 
@@ -111,22 +114,25 @@ class FusedGroup:
         members = self.members
         if members[place] is not member or not _is_plain(x, members):
             return None
-        if x.numel() > backend_of(x.device).MAX_JOINED_TOKENS * member.in_features:
+        is_joined = x.numel() <= backend_of(x.device).MAX_JOINED_TOKENS * member.in_features
+        if not is_joined and member.activation == "none":
             return None
         context = _context(x)
         call: _Call | None = getattr(self._local, "call", None)
         if call is None or not call.has(place, x, context):
             self._local.call = None
-            out = None if call is not None and self._gives_up() else self._multiply(members, x)
-            if out is None:
+            make = self._multiply if is_joined else self._round
+            call = None if call is not None and self._gives_up() else make(members, x, context)
+            if call is None or not call.waiting >> place & 1:
                 return None
-            call = _Call(x, _version(x), context, out, (1 << len(members)) - 1)
         call.waiting &= ~(1 << place)
         self._local.call = call if call.waiting else None
         if not call.waiting:
             self._untaken = 0
+        if not isinstance(call.made, Tensor):
+            return call.made.linear(member._view(), member._parameters["bias"]).to(call.dtype)
         start = sum(other.out_features for other in members[:place] if other is not None)
-        return call.out.narrow(-1, start, member.out_features)
+        return call.made.narrow(-1, start, member.out_features)
 
     def _gives_up(self) -> bool:
         """Counts a product of which parts were left; whether there have been too many."""
@@ -137,7 +143,7 @@ class FusedGroup:
         self.leave()
         return True
 
-    def _multiply(self, members: Sequence[Any], x: Tensor) -> Tensor | None:
+    def _multiply(self, members: Sequence[Any], x: Tensor, context: Any) -> _Call | None:
         """The product for all members, or None where their weights are not one."""
         made = None if None in members else self._view(members)
         if made is None:
@@ -149,7 +155,28 @@ class FusedGroup:
         shape = [sum(member.out_features for member in members), first.in_features]
         permutation = first._parameters["weight_permutation"]
         rounding = first.activation, first.threshold or 0.0
-        return joined_linear(x, *made, first._tensors(), shape, bias, first.compute_dtype, permutation, rounding)
+        out = joined_linear(x, *made, first._tensors(), shape, bias, first.compute_dtype, permutation, rounding)
+        return _Call(x, version_of(x), context, out, (1 << len(members)) - 1, out.dtype)
+
+    def _round(self, members: Sequence[Any], x: Tensor, context: Any) -> _Call | None:
+        """x rounded for the products of the members, or None where they do not take it so."""
+        if None in members or self._view(members) is None:
+            return None
+        first = members[0]
+        permutation = first._parameters["weight_permutation"]
+        values, dtype = joined_input(x, first.in_features, first.compute_dtype, permutation)
+        check_linear(values, first._parameters["bias"], first._tensors(), first._shape)
+        backend, threshold = backend_of(x.device), first.threshold or 0.0
+        firsts = [backend.rounded_from(member._view(), first.activation, values.dtype) for member in members]
+        taken = [least for least in firsts if least is not None and least * first.in_features <= values.numel()]
+        if len(taken) < 2:
+            return None
+        wish = Wish(threshold, max(taken))
+        rows = backend.shared_rows(values, threshold, rows_of_origin(x, wish) if values is x else None)
+        if rows is None:
+            return None
+        waiting = sum(1 << place for place, least in enumerate(firsts) if least in taken)
+        return _Call(x, version_of(x), context, rows, waiting, dtype)
 
     def _view(self, members: Sequence[QuantLinear]) -> tuple[Backend[Any], Any] | None:
         """Backend and view of the joined weight, made anew where a layer is not what it was; None without one."""
@@ -160,7 +187,7 @@ class FusedGroup:
             state += [*_rounding(member), None if bias is None else bias.dtype]
             for key in member._keys:
                 tensor: Any = parameters[key]
-                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, _version(tensor)]
+                state += [tensor.data_ptr(), tensor.numel(), tensor.dtype, version_of(tensor)]
         if self._made is not None and self._made[0] == state:
             return self._made[1]
         if members[0].weight.is_meta:  # offloaded
@@ -184,11 +211,6 @@ def _view_of(members: Sequence[QuantLinear], backend: Backend[Any]) -> Any:
         return backend.joined_view(members[0].spec, shape, parts)
     except LowbitError:  # a layer whose parameters do not fit each other says so when it multiplies
         return None
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None where nobody counts."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _is_plain(x: Tensor, members: Sequence[QuantLinear | None]) -> bool:

@@ -101,7 +101,7 @@ def quantize_model(
     for name in _progress(names, progress):
         _replace_one(model, name, device, options, of_products, report)
     report.fusion = fuse_model(model) if fuse else None
-    report.fused_norms += _fuse_norms(model, skip, report) if fuse_norms else []
+    report.fused_norms += swap_norms(model, skip, report) if fuse_norms else []
     if not report.rows and not report.fused_norms:
         warnings.warn("quantize_model replaced no layer" + _why_nothing(report), stacklevel=2)
     return report
@@ -111,7 +111,7 @@ def _patterns(skip: Iterable[str]) -> tuple[str, ...]:
     return (skip,) if isinstance(skip, str) else tuple(skip)
 
 
-def _fuse_norms(model: nn.Module, skip: Sequence[str], report: Report) -> list[str]:
+def swap_norms(model: nn.Module, skip: Sequence[str], report: Report) -> list[str]:
     """Replaces the norms that match no pattern of ``skip`` by fused ones with their parameters; gives their names."""
     names = []
     for name, module in [(name, module) for name, module in model.named_modules() if name and is_norm(module)]:

@@ -13,6 +13,7 @@ from lowbit_rs._backends import backend_of
 from lowbit_rs._norm_ops import NormKind, check_norm
 from lowbit_rs.errors import invalid
 from lowbit_rs.functional import is_unwatched
+from lowbit_rs.nn.rounded_rows import Wish, note_origin
 
 #: What torch adds where RMSNorm has eps=None, for every dtype that is computed in fp32.
 _DEFAULT_EPS = torch.finfo(torch.float32).eps
@@ -26,14 +27,17 @@ def normalize(
     All are of one dtype: float32, float16 or bfloat16, with sums in fp32. ``weight`` and ``bias`` [K] may have another
     of these. Raises InvalidArgument for shapes, dtypes and devices that do not go together.
     """
-    other = x if residual is None else residual
-    if not torch.compiler.is_compiling() and is_unwatched(x, weight) and is_unwatched(other, bias):
+    if not torch.compiler.is_compiling() and _is_unwatched(x, residual, weight, bias):
         check_norm(x, residual, weight, bias)
         return backend_of(x.device).norm(x, residual, weight, bias, kind)
     if residual is None:
         return torch.ops.lowbit_rs.norm.default(x, weight, bias, *kind), None
     y, total = torch.ops.lowbit_rs.norm_residual.default(x, residual, weight, bias, *kind)
     return y, total
+
+
+def _is_unwatched(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+    return is_unwatched(x, weight) and is_unwatched(x if residual is None else residual, bias)
 
 
 class _Norm(nn.Module):
@@ -44,6 +48,8 @@ class _Norm(nn.Module):
     weight: Any  # Tensor | None
     unit_offset = False
     cast_before_weight = False
+    #: What the layers behind asked for with their last products.
+    wish: Wish | None = None
     #: Whether autocast on CUDA makes x float32, as it does with torch's modules of these names.
     casts_under_autocast: bool
 
@@ -71,16 +77,41 @@ class _Norm(nn.Module):
             rows = (*shape[:-dims], math.prod(self.normalized_shape))
             x, residual = x.reshape(rows), None if residual is None else residual.reshape(rows)
             weight, bias = (None if part is None else part.flatten() for part in (weight, bias))
-        y, total = self._normalized(x, residual, weight, bias)
+        y, total = self._rounded(x, residual, weight, bias) or self._normalized(x, residual, weight, bias)
         if dims != 1:
             y, total = y.view(shape), None if total is None else total.view(shape)
         return y if total is None else (y, total)
 
+    def _rounded(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """``_normalized``, with a note for layers behind it that round the result; None where it is as good without."""
+        if torch.compiler.is_compiling() or x.dim() == 0 or not _is_unwatched(x, residual, weight, bias):
+            return None
+        backend, wish = backend_of(x.device), self.wish
+        if x.numel() <= backend.MAX_JOINED_TOKENS * x.shape[-1] or self._multiplies_apart(x, weight):
+            return None
+        check_norm(x, residual, weight, bias)
+        if wish is None or x.numel() < wish.least_tokens * x.shape[-1]:
+            y, total = backend.norm(x, residual, weight, bias, self.kind)
+            note_origin(y, self, None, None)
+            return y, total
+        self.wish = None
+        made = backend.norm_rounded(x, residual, weight, bias, self.kind, wish.threshold)
+        if made is None:
+            return None
+        y, total, rows = made
+        note_origin(y, self, wish.threshold, rows)
+        return y, total
+
+    def _multiplies_apart(self, x: Tensor, weight: Tensor | None) -> bool:
+        """Whether the product with the weight is torch's own, with its promotion of dtypes: Llama's beside float32."""
+        return weight is not None and self.cast_before_weight and weight.dtype != x.dtype
+
     def _normalized(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if self.cast_before_weight and weight is not None and weight.dtype != x.dtype:
-            # The product is torch's own, with its promotion of dtypes: what Llama's norm gives beside float32 weights.
+        if weight is not None and self._multiplies_apart(x, weight):
             y, total = normalize(x, residual, None, None, self.kind)
             return weight * y, total
         return normalize(x, residual, weight, bias, self.kind)

@@ -104,7 +104,7 @@ impl LinearCall {
         let Some(operands) = Operands::new(exchange, memory, bias.as_ref(), place, (rows, cols)) else {
             return Ok(None);
         };
-        if place.is_cuda() && (operands.tokens > cuda::MAX_TOKENS || activation != "none") {
+        if place.is_cuda() && !is_quick_on_cuda(operands.tokens, activation) {
             return Ok(None);
         }
         let Some((out, result)) = torch.empty(x, place, &shape)? else { return Ok(None) };
@@ -160,6 +160,12 @@ impl LinearCall {
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&known));
         Ok(Some(known))
     }
+}
+
+/// Whether the kernel for few tokens serves a call, whatever rounding it allows: "auto" rounds no fewer, and "int8" may have
+/// to be refused.
+fn is_quick_on_cuda(tokens: usize, activation: &str) -> bool {
+    tokens <= cuda::MAX_TOKENS && activation != "int8"
 }
 
 impl View {

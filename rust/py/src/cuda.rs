@@ -229,9 +229,9 @@ fn cuda_int8_sizes(cols: usize) -> (usize, usize) {
 }
 
 /// Rows in int8: codes, scales, and what tells of outliers.
-type RowBuffers = (Buffer, Buffer, Option<Buffer>);
+pub(crate) type RowBuffers = (Buffer, Buffer, Option<Buffer>);
 
-fn device_rows((codes, scales, outliers): RowBuffers) -> DeviceRows {
+pub(crate) fn device_rows((codes, scales, outliers): RowBuffers) -> DeviceRows {
     DeviceRows { codes: buffer(codes), scales: buffer(scales), outliers: outliers.map(buffer) }
 }
 

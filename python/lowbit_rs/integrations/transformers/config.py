@@ -72,6 +72,8 @@ class LowbitConfig(QuantizationConfigMixin):
     - ``embeddings``: also packs embeddings.
     - ``fuse``: layers of the same input are multiplied in one go, as by :func:`lowbit_rs.fuse_model`. It concerns the
       model in memory alone: files are the same.
+    - ``fuse_norms``: norms become RMSNorm and LayerNorm of lowbit_rs.nn, where those compute the same; names and files
+      are the same. ``skip_modules`` holds for them, too.
 
     Raises InvalidArgument, a ValueError, for options that do not exist, have wrong values or do not go together.
 
@@ -96,6 +98,7 @@ class LowbitConfig(QuantizationConfigMixin):
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         embeddings: bool = False,
         fuse: bool = False,
+        fuse_norms: bool = False,
         scale_dtype: torch.dtype | str | None = None,
         block_order: str = "row",
         signed_absmax: bool = False,
@@ -123,6 +126,7 @@ class LowbitConfig(QuantizationConfigMixin):
         self.nonfinite = nonfinite
         self.embeddings = _flag("embeddings", embeddings)
         self.fuse = _flag("fuse", fuse)
+        self.fuse_norms = _flag("fuse_norms", fuse_norms)
         self.skip_modules = _names("skip_modules", skip_modules)
         self.overrides = _plain_overrides(overrides)
         self.post_init()

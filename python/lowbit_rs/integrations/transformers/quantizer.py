@@ -24,7 +24,7 @@ from lowbit_rs.files.metadata import QuantizedTensor, encode_metadata
 from lowbit_rs.integrations.transformers import card, modules
 from lowbit_rs.integrations.transformers.stored import StoredWeights, stored_weights
 from lowbit_rs.nn import QuantExperts, Report, ReportRow, fuse_model
-from lowbit_rs.nn.model import PACKED_MODULES
+from lowbit_rs.nn.model import PACKED_MODULES, swap_norms
 from lowbit_rs.packed import describe, state_key
 
 if TYPE_CHECKING:
@@ -81,6 +81,10 @@ class LowbitQuantizer(HfQuantizer):
                 module._is_hf_initialized = True  # type: ignore[assignment]  # it has nothing to be initialized
             else:
                 self._await_floats(name, source, module)
+        if self.quantization_config.fuse_norms:
+            # Before accelerate puts hooks in the place of forwards. Trials of norms need no values but their own.
+            with torch.device("cpu"):
+                self.report.fused_norms += swap_norms(model, self.quantization_config.skip_modules or (), self.report)
         if not plans:
             warnings.warn(_nothing_packed(model, self.report), stacklevel=2)
         self._warn_of_stacks()

@@ -46,7 +46,7 @@ fn flag_words(cols: usize) -> usize {
 /// `RowOperands` of `int8_rows.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-struct RowOperands {
+pub(super) struct RowOperands {
     x: Pointer,
     codes: Pointer,
     scales: Pointer,
@@ -72,15 +72,30 @@ pub unsafe fn round_rows(
     threshold: f32,
     rows: DeviceRows,
 ) -> Result<()> {
-    check_rows(&x, cols, &rows)?;
-    if x.tokens == 0 || cols == 0 {
-        return Ok(());
-    }
+    let Some(operands) = prepare_rows(queue, &x, cols, threshold, &rows)? else { return Ok(()) };
     let row_bytes = x.stride * x.values.dtype.size();
     let is_vectorized = x.values.buffer.address.is_multiple_of(16)
         && row_bytes.is_multiple_of(16)
         && (cols * x.values.dtype.size()).is_multiple_of(16);
     let plan = rounding(x.values.dtype, (x.tokens, cols), is_vectorized);
+    let arguments = Arguments::new().with(&operands);
+    // SAFETY: the parameter of the kernels of `cuda/int8_rows.cu`; lengths were checked, the rest is the caller's.
+    unsafe { launch(queue, &plan, arguments, &[x.tokens, cols]) }
+}
+
+/// What kernels that round rows are told, after the bits of outliers have been set to zero; None for nothing to round. The
+/// buffers are as [`round_rows`] has them.
+pub(super) fn prepare_rows(
+    queue: Queue,
+    x: &DeviceActivations,
+    cols: usize,
+    threshold: f32,
+    rows: &DeviceRows,
+) -> Result<Option<RowOperands>> {
+    check_rows(x, cols, rows)?;
+    if x.tokens == 0 || cols == 0 {
+        return Ok(None);
+    }
     if let Some(outliers) = rows.outliers {
         let _entered = queue.device.enter()?;
         // SAFETY: the buffer has these words and more, as was checked; that it is alive is the caller's.
@@ -88,7 +103,7 @@ pub unsafe fn round_rows(
             unsafe { sys::cuMemsetD32Async(outliers.address, 0, flag_words(cols), queue.stream as sys::CUstream) };
         check(zeroed, || format!("cuMemsetD32Async of {} words on {}", flag_words(cols), queue.device))?;
     }
-    let operands = RowOperands {
+    Ok(Some(RowOperands {
         x: Pointer(x.values.buffer.address),
         codes: Pointer(rows.codes.address),
         scales: Pointer(rows.scales.address),
@@ -97,10 +112,7 @@ pub unsafe fn round_rows(
         codes_stride: codes_stride(cols) as i64,
         cols: cols as i32,
         threshold,
-    };
-    let arguments = Arguments::new().with(&operands);
-    // SAFETY: the parameter of the kernels of `cuda/int8_rows.cu`; lengths were checked, the rest is the caller's.
-    unsafe { launch(queue, &plan, arguments, &[x.tokens, cols]) }
+    }))
 }
 
 fn check_rows(x: &DeviceActivations, cols: usize, rows: &DeviceRows) -> Result<()> {

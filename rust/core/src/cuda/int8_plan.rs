@@ -26,9 +26,8 @@ const GATHER: Entries = ["int8_gather_float32", "int8_gather_float16", "int8_gat
 /// A kernel that multiplies.
 struct Product {
     entries: Entries,
-    /// Outputs of a tile, and blocks that work on neighbouring ones.
+    /// Outputs of a tile.
     columns: usize,
-    cluster: usize,
     shared_bytes: u32,
     /// Microseconds that a tile takes for 128 columns.
     step_us: f32,
@@ -42,7 +41,7 @@ const fn shared_bytes(columns: u32) -> u32 {
 }
 
 macro_rules! product {
-    ($columns:literal, $cluster:literal, $step_us:literal) => {
+    ($columns:literal, $step_us:literal) => {
         Product {
             entries: [
                 concat!("linear_int8_float32_", $columns),
@@ -50,7 +49,6 @@ macro_rules! product {
                 concat!("linear_int8_bfloat16_", $columns),
             ],
             columns: $columns,
-            cluster: $cluster,
             shared_bytes: shared_bytes($columns),
             step_us: $step_us,
         }
@@ -58,7 +56,7 @@ macro_rules! product {
 }
 
 /// Times are those of an H200, as `benches/cuda/linear_int8.cu` measures them.
-const PRODUCTS: &[Product] = &[product!(256, 2, 0.84), product!(128, 1, 0.42), product!(64, 1, 0.24)];
+const PRODUCTS: &[Product] = &[product!(256, 0.71), product!(128, 0.42), product!(64, 0.24)];
 /// Microseconds that a tile takes beside its steps, and that a call takes beside its tiles and rows: three launches and
 /// what one waits for the other.
 const TILE_US: f32 = 1.5;
@@ -73,18 +71,14 @@ const UNPACKED_US: f32 = 1.2e-6;
 const LEAST_TOKENS: usize = 128;
 
 impl Product {
-    fn groups(&self, capability: Capability) -> usize {
-        capability.multiprocessors as usize / self.cluster
-    }
-
     fn tiles(&self, layout: &Layout, tokens: usize) -> usize {
-        tokens.div_ceil(TILE_TOKENS * self.cluster) * layout.rows.div_ceil(self.columns)
+        tokens.div_ceil(TILE_TOKENS) * layout.rows.div_ceil(self.columns)
     }
 
     /// Microseconds of a product.
     fn time(&self, layout: &Layout, tokens: usize, capability: Capability) -> f32 {
         let steps = layout.cols.div_ceil(BOX_BYTES as usize) as f32;
-        let waves = self.tiles(layout, tokens).div_ceil(self.groups(capability)) as f32;
+        let waves = self.tiles(layout, tokens).div_ceil(capability.multiprocessors as usize) as f32;
         waves * (steps * self.step_us + TILE_US)
     }
 
@@ -144,10 +138,9 @@ pub(super) fn gather(dtype: Dtype, rows: usize, capability: Capability) -> Plan 
 /// and how many rows of the weight it copies at once.
 pub(super) fn product(dtype: Dtype, layout: &Layout, tokens: usize, capability: Capability) -> (Plan, usize) {
     let (product, _) = Product::fastest(layout, tokens, capability);
-    let groups = product.groups(capability);
-    let blocks = product.tiles(layout, tokens).min(groups) * product.cluster;
+    let blocks = product.tiles(layout, tokens).min(capability.multiprocessors as usize);
     let plan = simple("linear_int8", product.entries, dtype, blocks, PRODUCT_THREADS as usize);
-    (Plan { shared_bytes: product.shared_bytes, is_dependent: true, ..plan }, product.columns / product.cluster)
+    (Plan { shared_bytes: product.shared_bytes, is_dependent: true, ..plan }, product.columns)
 }
 
 #[cfg(test)]

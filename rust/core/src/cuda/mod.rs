@@ -17,6 +17,8 @@ mod linear;
 mod linear_batch;
 mod modules;
 mod norm;
+mod norm_backward;
+mod norm_rows;
 mod plan;
 mod quantize;
 #[cfg(test)]
@@ -31,7 +33,8 @@ pub use grouped::linear_grouped;
 pub use int8::{DeviceRows, SIDE_NUMBERS, codes_stride, linear_int8, outlier_words, round_rows, rounded_from};
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
 pub use linear_batch::{BatchWorkspace, batch_sizes, linear_batch};
-pub use norm::{DeviceAffine, DeviceResidual, norm};
+pub use norm::{DeviceAffine, DeviceResidual, norm, norm_rounded};
+pub use norm_backward::{DeviceGradient, norm_backward, norm_sum_lines};
 pub use quantize::{DeviceSource, Workspace, quantize};
 pub use weight::{DeviceBuffer, DeviceFloats, DeviceWeight};
 

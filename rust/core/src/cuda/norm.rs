@@ -1,13 +1,13 @@
 //! `RMSNorm` and `LayerNorm` of rows, after the addition of a residual where there is one.
 
 use super::Queue;
+use super::int8::{DeviceRows, prepare_rows, round_rows};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::DeviceActivations;
-use super::plan::{Capability, Plan, Share, THREADS, too_old};
+use super::norm_rows::{Kernel, Kernels, check_column, check_dense, check_rows, in_registers, is_vectorized};
 use super::weight::{DeviceFloats, number};
-use crate::dtype::Dtype;
+use crate::Result;
 use crate::norm::Norm;
-use crate::{Error, Result};
 
 /// A residual, and where its sum with x goes: rows as dense as those of the result.
 #[derive(Debug, Clone, Copy)]
@@ -54,50 +54,15 @@ const _: () = assert!(size_of::<NormOperands>() == 104, "as cuda/norm.cu has it"
 // SAFETY: `repr(C)`, the fields of `Norm` in `cuda/norm.cu`.
 unsafe impl Argument for NormOperands {}
 
-/// Numbers of a vector, `kVector` of `cuda/norm.cu`.
-const VECTOR: usize = 8;
-/// The least compute capability.
-const OLDEST: u32 = 75;
-/// The image and its entries for rows of any kind.
-const IMAGE: &str = "norm";
-const ELEMENTS: [&str; 3] = ["norm_elements_float32", "norm_elements_float16", "norm_elements_bfloat16"];
-/// Most blocks of those, which walk what is left over.
-const MANY_BLOCKS: usize = 1 << 20;
-
-/// A kernel that keeps a row in registers.
-struct Kernel {
-    /// Threads that share a row, and vectors that each of them has.
-    lanes: usize,
-    vectors: usize,
-    /// Its entry for float32, float16 and bfloat16.
-    entries: [&'static str; 3],
-}
-
-macro_rules! kernel {
-    ($lanes:literal, $vectors:literal) => {
-        Kernel {
-            lanes: $lanes,
-            vectors: $vectors,
-            entries: [
-                concat!("norm_float32_", $lanes, "x", $vectors),
-                concat!("norm_float16_", $lanes, "x", $vectors),
-                concat!("norm_bfloat16_", $lanes, "x", $vectors),
-            ],
-        }
-    };
-}
-
-/// The first line that has room for a row serves it.
-const KERNELS: &[Kernel] = &[
-    kernel!(16, 1),
-    kernel!(32, 1),
-    kernel!(32, 2),
-    kernel!(128, 1),
-    kernel!(256, 1),
-    kernel!(256, 2),
-    kernel!(256, 4),
-    kernel!(512, 4),
-];
+const KERNELS: Kernels = Kernels {
+    image: "norm",
+    in_registers: in_registers!("norm"),
+    elements: Some(["norm_elements_float32", "norm_elements_float16", "norm_elements_bfloat16"]),
+    oldest: 75,
+};
+/// Those that round their result to int8.
+const ROUNDING: Kernels =
+    Kernels { image: "norm_int8", in_registers: in_registers!("norm_int8"), elements: None, oldest: 80 };
 
 /// Normalizes `x`, `[tokens, cols]`, into `out`. All rows have one dtype.
 ///
@@ -113,74 +78,96 @@ pub unsafe fn norm(
     affine: DeviceAffine,
     out: DeviceFloats,
 ) -> Result<()> {
-    norm.check()?;
-    check(cols, &x, residual.as_ref(), affine, out)?;
-    if x.tokens == 0 || cols == 0 {
-        return Ok(());
-    }
-    let address = |floats: Option<DeviceFloats>| Pointer(floats.map_or(0, |floats| floats.buffer.address));
-    let operands = NormOperands {
-        x: Pointer(x.values.buffer.address),
-        residual: address(residual.map(|residual| residual.rows.values)),
-        weight: address(affine.weight),
-        bias: address(affine.bias),
-        out: Pointer(out.buffer.address),
-        total: address(residual.map(|residual| residual.total)),
-        rows: x.tokens as i64,
-        cols: cols as i64,
-        x_stride: x.stride as i64,
-        residual_stride: residual.map_or(0, |residual| residual.rows.stride) as i64,
-        eps: norm.eps,
-        weight_dtype: affine.weight.map_or(0, |weight| number(weight.dtype)),
-        bias_dtype: affine.bias.map_or(0, |bias| number(bias.dtype)),
-        is_centered: norm.is_centered.into(),
-        offset: norm.offset(),
-        rounds_normalized: norm.rounds_normalized.into(),
-    };
-    let plan = plan(x.tokens, cols, out.dtype, operands.is_vectorized(out.dtype.size()), queue.device.capability())?;
-    let arguments = Arguments::new().with(&operands);
+    let call = Call::new(norm, cols, x, residual, affine, out)?;
+    let plan = KERNELS.plan(call.shape, out.dtype, call.is_vectorized(), None, queue.device.capability())?;
+    let arguments = Arguments::new().with(&call.operands);
     // SAFETY: the parameter of every kernel of `cuda/norm.cu`; lengths were checked, the rest is the caller's.
-    unsafe { launch(queue, &plan, arguments, &[x.tokens, cols]) }
+    unsafe { launch(queue, &plan, arguments, &call.shape) }
 }
 
-impl NormOperands {
-    /// Whether whole vectors can be moved: rows of them, aligned to 16 bytes.
-    fn is_vectorized(&self, size: usize) -> bool {
-        let addresses = [self.x, self.residual, self.weight, self.bias, self.out, self.total];
-        let strides = [self.x_stride, self.residual_stride];
-        (self.cols as usize).is_multiple_of(VECTOR)
-            && addresses.iter().all(|address| address.0.is_multiple_of(16))
-            && strides.iter().all(|&stride| (stride as usize * size).is_multiple_of(16))
+/// [`norm`], and its result in int8 as [`round_rows`] makes it with this threshold: in the same pass where a kernel does it.
+///
+/// # Safety
+/// As for both.
+#[allow(clippy::too_many_arguments)] // those of both
+pub unsafe fn norm_rounded(
+    queue: Queue,
+    norm: Norm,
+    cols: usize,
+    x: DeviceActivations,
+    residual: Option<DeviceResidual>,
+    affine: DeviceAffine,
+    out: DeviceFloats,
+    threshold: f32,
+    rows: DeviceRows,
+) -> Result<()> {
+    let call = Call::new(norm, cols, x, residual, affine, out)?;
+    let result = DeviceActivations { values: out, tokens: x.tokens, stride: cols };
+    let capability = queue.device.capability();
+    if capability.compute < ROUNDING.oldest || !call.is_vectorized() || !ROUNDING.have_room(cols) {
+        // SAFETY: the caller's promises are those of both.
+        return unsafe {
+            self::norm(queue, norm, cols, x, residual, affine, out)?;
+            round_rows(queue, result, cols, threshold, rows)
+        };
     }
+    let Some(rounding) = prepare_rows(queue, &result, cols, threshold, &rows)? else { return Ok(()) };
+    let plan = ROUNDING.plan(call.shape, out.dtype, true, None, capability)?;
+    let arguments = Arguments::new().with(&call.operands).with(&rounding);
+    // SAFETY: the parameters of every kernel of `cuda/norm_int8.cu`; lengths were checked, the rest is the caller's.
+    unsafe { launch(queue, &plan, arguments, &call.shape) }
 }
 
-/// The kernel for `rows` rows, and its grid.
-fn plan(rows: usize, cols: usize, dtype: Dtype, is_vectorized: bool, capability: Capability) -> Result<Plan> {
-    if capability.compute < OLDEST {
-        return Err(too_old(capability));
+/// A normalization whose operands go together.
+struct Call {
+    operands: NormOperands,
+    /// Rows and columns.
+    shape: [usize; 2],
+    /// Bytes of a number.
+    size: usize,
+}
+
+impl Call {
+    fn new(
+        norm: Norm,
+        cols: usize,
+        x: DeviceActivations,
+        residual: Option<DeviceResidual>,
+        affine: DeviceAffine,
+        out: DeviceFloats,
+    ) -> Result<Self> {
+        norm.check()?;
+        check(cols, &x, residual.as_ref(), affine, out)?;
+        let address = |floats: Option<DeviceFloats>| Pointer(floats.map_or(0, |floats| floats.buffer.address));
+        let operands = NormOperands {
+            x: Pointer(x.values.buffer.address),
+            residual: address(residual.map(|residual| residual.rows.values)),
+            weight: address(affine.weight),
+            bias: address(affine.bias),
+            out: Pointer(out.buffer.address),
+            total: address(residual.map(|residual| residual.total)),
+            rows: x.tokens as i64,
+            cols: cols as i64,
+            x_stride: x.stride as i64,
+            residual_stride: residual.map_or(0, |residual| residual.rows.stride) as i64,
+            eps: norm.eps,
+            weight_dtype: affine.weight.map_or(0, |weight| number(weight.dtype)),
+            bias_dtype: affine.bias.map_or(0, |bias| number(bias.dtype)),
+            is_centered: norm.is_centered.into(),
+            offset: norm.offset(),
+            rounds_normalized: norm.rounds_normalized.into(),
+        };
+        // Without columns there is nothing to do, however many rows.
+        let rows = if cols == 0 { 0 } else { x.tokens };
+        Ok(Self { operands, shape: [rows, cols], size: out.dtype.size() })
     }
-    let of_dtype = number(dtype) as usize;
-    let has_room = |kernel: &&Kernel| is_vectorized && cols <= kernel.lanes * kernel.vectors * VECTOR;
-    let (entry, threads, blocks) = match KERNELS.iter().find(has_room) {
-        Some(kernel) => {
-            let threads = if kernel.lanes > 32 { kernel.lanes } else { THREADS };
-            (kernel.entries[of_dtype], threads, rows.div_ceil(threads / kernel.lanes))
-        }
-        None => (ELEMENTS[of_dtype], THREADS, rows.min(MANY_BLOCKS)),
-    };
-    if blocks > i32::MAX as usize {
-        let reason = format!("normalizing {rows} rows of {cols}");
-        return Err(Error::Unsupported { what: "a grid of this size", reason });
+
+    fn is_vectorized(&self) -> bool {
+        let operands = &self.operands;
+        let addresses = [operands.x, operands.residual, operands.weight, operands.bias, operands.out, operands.total];
+        let strides = [operands.x_stride, operands.residual_stride];
+        is_vectorized(self.shape[1], &addresses.map(|address| address.0), &strides, self.size)
     }
-    Ok(Plan {
-        image: IMAGE,
-        entry,
-        grid: [blocks as u32, 1],
-        threads: threads as u32,
-        shared_bytes: 0,
-        is_dependent: false,
-        share: Share::default(),
-    })
 }
 
 fn check(
@@ -190,60 +177,32 @@ fn check(
     affine: DeviceAffine,
     out: DeviceFloats,
 ) -> Result<()> {
-    check_rows("x", x, cols)?;
-    let check_dense = |argument, to: DeviceFloats| {
-        if to.buffer.len == x.tokens * cols && to.dtype == x.values.dtype {
-            return Ok(());
-        }
-        let got = format!("{} elements of {}", to.buffer.len, to.dtype.name());
-        Err(Error::invalid(argument, got, format!("{} rows of {cols} in {}", x.tokens, x.values.dtype.name())))
-    };
-    check_dense("out", out)?;
+    check_rows("x", x, x, cols)?;
+    check_dense("out", out, x, cols)?;
     if let Some(DeviceResidual { rows, total }) = residual {
-        check_rows("residual", rows, cols)?;
-        check_dense("total", *total)?;
-        if rows.tokens != x.tokens || rows.values.dtype != x.values.dtype {
-            let got = format!("{} rows of {}", rows.tokens, rows.values.dtype.name());
-            let expected = format!("{} rows of {}", x.tokens, x.values.dtype.name());
-            return Err(Error::invalid("residual", got, expected));
-        }
+        check_rows("residual", rows, x, cols)?;
+        check_dense("total", *total, x, cols)?;
     }
-    for (argument, column) in [("weight", affine.weight), ("bias", affine.bias)] {
-        if let Some(column) = column.filter(|column| column.buffer.len != cols) {
-            let got = format!("{} elements", column.buffer.len);
-            return Err(Error::invalid(argument, got, format!("{cols} elements")));
-        }
-    }
-    Ok(())
-}
-
-fn check_rows(argument: &'static str, rows: &DeviceActivations, cols: usize) -> Result<()> {
-    let needed = if rows.tokens == 0 { 0 } else { (rows.tokens - 1) * rows.stride + cols };
-    if rows.values.buffer.len < needed {
-        let got = format!("{} elements", rows.values.buffer.len);
-        return Err(Error::invalid(argument, got, format!("{} rows of {cols}", rows.tokens)));
-    }
-    Ok(())
+    check_column("weight", affine.weight, cols)?;
+    check_column("bias", affine.bias, cols)
 }
 
 #[cfg(test)]
 pub(super) fn entries() -> impl Iterator<Item = &'static str> {
-    KERNELS.iter().flat_map(|kernel| kernel.entries).chain(ELEMENTS)
+    KERNELS.entries().chain(ROUNDING.entries())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::Capability;
     use super::super::samples::TURING;
     use super::*;
+    use crate::dtype::Dtype;
 
     #[test]
     fn every_kernel_is_built() {
-        if let Some(image) = lowbit_kernels::image(IMAGE) {
-            assert_eq!(image.oldest, OLDEST);
-            for entry in entries() {
-                assert!(image.entries.contains(&entry), "{entry}");
-            }
-        }
+        KERNELS.assert_built();
+        ROUNDING.assert_built();
     }
 
     #[test]
@@ -257,16 +216,19 @@ mod tests {
             (16384, "norm_float16_512x4", 100, 512),
             (16392, "norm_elements_float16", 100, 256),
         ] {
-            let plan = plan(100, cols, Dtype::Float16, true, TURING).expect("a plan");
+            let plan = KERNELS.plan([100, cols], Dtype::Float16, true, None, TURING).expect("a plan");
             assert_eq!((plan.entry, plan.grid, plan.threads), (entry, [grid, 1], threads));
         }
-        let plan = plan(1 << 30, 4096, Dtype::Float32, false, TURING).expect("a plan");
+        let plan = KERNELS.plan([1 << 30, 4096], Dtype::Float32, false, None, TURING).expect("a plan");
         assert_eq!((plan.entry, plan.grid), ("norm_elements_float32", [1 << 20, 1]));
     }
 
     #[test]
     fn what_no_gpu_does_is_refused() {
-        assert!(plan(1 << 40, 4096, Dtype::Float32, true, TURING).is_err());
-        assert!(plan(1, 4096, Dtype::Float32, true, Capability { compute: 70, ..TURING }).is_err());
+        let volta = Capability { compute: 70, ..TURING };
+        assert!(KERNELS.plan([1 << 40, 4096], Dtype::Float32, true, None, TURING).is_err());
+        assert!(KERNELS.plan([1, 4096], Dtype::Float32, true, None, volta).is_err());
+        assert!(ROUNDING.plan([1, 16392], Dtype::Float32, true, None, TURING).is_err());
+        assert!(!ROUNDING.have_room(16392));
     }
 }

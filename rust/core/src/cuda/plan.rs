@@ -262,7 +262,7 @@ pub(super) fn plan(problem: &Problem, capability: Capability) -> Result<Plan> {
 #[cfg(test)]
 mod tests {
     use super::super::samples::{self, HOPPER, TURING};
-    use super::super::{batch, grouped, norm};
+    use super::super::{batch, grouped, norm, norm_backward};
     use super::*;
     use crate::format::{BlockSize, Format};
 
@@ -308,7 +308,8 @@ mod tests {
         for image in lowbit_kernels::IMAGES {
             for entry in image.entries {
                 let is_planned = KERNELS.iter().any(|kernel| kernel.entries.contains(entry))
-                    || decode::entries().chain(int8_plan::entries()).chain(norm::entries()).any(|name| name == *entry)
+                    || decode::entries().chain(int8_plan::entries()).any(|name| name == *entry)
+                    || norm::entries().chain(norm_backward::entries()).any(|name| name == *entry)
                     || batch::entries().any(|(_, name)| name == *entry)
                     || grouped::entries().any(|name| name == *entry);
                 assert!(is_planned, "{entry} in {}", image.name);
