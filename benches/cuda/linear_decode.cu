@@ -82,8 +82,11 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   const int grid = std::min(multiprocessors, shape.rows);
   const int tiles = ((shape.rows + grid - 1) / grid + 15) / 16;
   const int tile = 64 * warps * round_up_columns(tokens);
-  const int fixed = tables + warps * stage;
-  const int shared = std::min(most_shared, fixed + std::max(tiles * tile - in_gaps, 0));
+  const int sums = std::max(tiles * tile - in_gaps, 0);
+  // Two visits of a warp under way at a time where there are many.
+  const bool is_deep = units * tiles >= 16 * warps && tables + 2 * warps * stage + sums <= most_shared;
+  const int depth = is_deep ? 2 : 1, fixed = tables + warps * depth * stage;
+  const int shared = std::min(most_shared, fixed + sums);
   const int room = (in_gaps + shared - fixed) / tile, passes = (tiles + room - 1) / room;
   DecodeOperands o = {};
   o.tokens = tokens;
@@ -91,6 +94,7 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   o.full_rounds = units / warps, o.rest_units = units % warps;
   o.rest_parts = o.rest_units > 0 ? warps / o.rest_units : 1;
   o.tiles_a_pass = (tiles + passes - 1) / passes;
+  o.depth = depth;
   return {pick(f, is_bfloat16, is_wide), grid, warps * 32, shared, o};
 }
 
