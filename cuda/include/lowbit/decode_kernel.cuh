@@ -179,7 +179,8 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void visit(const Unit& unit, Feeder<Shape>& feeder, float (&d)[kTokenTiles][4]) const {
-    wait_for_copies_but(operands.depth - 1);
+    if (operands.depth == 1) wait_for_copies<0>();
+    else wait_for_copies<1>();
     __syncwarp();
     const uint8_t* stage = stages() + feeder.place;
     Codes<Shape> codes;

@@ -70,7 +70,7 @@ struct DecodeOperands {
   int32_t rest_units;    // units % warps
   int32_t rest_parts;    // warps / rest_units, 1 where there is no rest
   int32_t tiles_a_pass;  // tiles of a CTA whose sums share the memory at a time
-  int32_t depth;         // stages of a warp: 1 to 3
+  int32_t depth;         // stages of a warp: 1 or 2
   int32_t is_dependent;  // launched as a dependent kernel: it may start before the previous one has written x
 };
 static_assert(sizeof(DecodeOperands) == 72, "as the host lays it out");

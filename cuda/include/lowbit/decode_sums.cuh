@@ -28,36 +28,34 @@ struct Sums {
   __device__ __forceinline__ uint32_t bytes_of_warp() const { return kTileRows * 4 << log_columns; }
 
   // Where byte `offset` of the sums lies: in the gaps of the pair table as long as there are any.
-  __device__ __forceinline__ float2& at(uint32_t offset) const {
-    const uint32_t in_gap = kGap + offset + (offset & ~(kGap - 1u));
-    const uint32_t place =
-        kSumsInGaps > 0 && offset < kSumsInGaps ? in_gap : spare + offset - kSumsInGaps;
-    return *reinterpret_cast<float2*>(memory + place);
-  }
+  __device__ __forceinline__ float2& at(uint32_t offset) const { return in_memory(place_of(offset)); }
 
   // The offset of row g and column 2 t.
   __device__ __forceinline__ uint32_t offset_of_lane(int tile, int warp, int lane) const {
     return (tile * warps + warp) * bytes_of_warp() + (lane / 4 << log_columns) * 4 + lane % 4 * 8;
   }
 
-  // What a lane holds of operand D: rows g and g + 8, columns 2 t and 2 t + 1 of each tile of tokens.
+  // What a lane holds of operand D: rows g and g + 8, columns 2 t and 2 t + 1 of each tile of tokens. `offset` is that of
+  // the first. The gaps hold whole sums of a warp or none of them, so its place tells the others.
   template <int kTokenTiles>
   __device__ __forceinline__ void load(float (&d)[kTokenTiles][4], uint32_t offset, int lane) const {
+    const uint32_t upper = place_of(offset), lower = upper + bytes_to_lower(offset);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       if (!has_columns(n, lane)) continue;
-      const float2 upper = at(offset + n * 32), lower = at(offset + n * 32 + bytes_of_warp() / 2);
-      d[n][0] = upper.x, d[n][1] = upper.y, d[n][2] = lower.x, d[n][3] = lower.y;
+      const float2 of_upper = in_memory(upper + n * 32), of_lower = in_memory(lower + n * 32);
+      d[n][0] = of_upper.x, d[n][1] = of_upper.y, d[n][2] = of_lower.x, d[n][3] = of_lower.y;
     }
   }
 
   template <int kTokenTiles>
   __device__ __forceinline__ void store(const float (&d)[kTokenTiles][4], uint32_t offset, int lane) const {
+    const uint32_t upper = place_of(offset), lower = upper + bytes_to_lower(offset);
 #pragma unroll
     for (int n = 0; n < kTokenTiles; ++n) {
       if (!has_columns(n, lane)) continue;
-      at(offset + n * 32) = make_float2(d[n][0], d[n][1]);
-      at(offset + n * 32 + bytes_of_warp() / 2) = make_float2(d[n][2], d[n][3]);
+      in_memory(upper + n * 32) = make_float2(d[n][0], d[n][1]);
+      in_memory(lower + n * 32) = make_float2(d[n][2], d[n][3]);
     }
   }
 
@@ -86,6 +84,22 @@ struct Sums {
   }
 
  private:
+  __device__ __forceinline__ float2& in_memory(uint32_t place) const {
+    return *reinterpret_cast<float2*>(memory + place);
+  }
+
+  static __device__ __forceinline__ bool is_in_gap(uint32_t offset) { return kSumsInGaps > 0 && offset < kSumsInGaps; }
+
+  __device__ __forceinline__ uint32_t place_of(uint32_t offset) const {
+    return is_in_gap(offset) ? kGap + offset + (offset & ~(kGap - 1u)) : spare + offset - kSumsInGaps;
+  }
+
+  // From row g to row g + 8: half of a warp's sums, which are either half a gap or whole gaps.
+  __device__ __forceinline__ uint32_t bytes_to_lower(uint32_t offset) const {
+    const uint32_t half = bytes_of_warp() / 2;
+    return is_in_gap(offset) && half >= kGap ? 2 * half : half;
+  }
+
   // Of `column` and the next one.
   __device__ __forceinline__ float2 sum_of_warps(int row, int column) const {
     float2 sum = make_float2(0.0f, 0.0f);
