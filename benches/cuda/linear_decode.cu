@@ -84,7 +84,7 @@ Launch plan(const Format& f, const Shape& shape, int tokens, bool is_bfloat16, i
   const int tile = 64 * warps * round_up_columns(tokens);
   const int sums = std::max(tiles * tile - in_gaps, 0);
   // Two visits of a warp under way at a time where there are many.
-  const bool is_deep = units * tiles >= 16 * warps && tables + 2 * warps * stage + sums <= most_shared;
+  const bool is_deep = units * tiles >= 12 * warps && tables + 2 * warps * stage + sums <= most_shared;
   const int depth = is_deep ? 2 : 1, fixed = tables + warps * depth * stage;
   const int shared = std::min(most_shared, fixed + sums);
   const int room = (in_gaps + shared - fixed) / tile, passes = (tiles + room - 1) / room;

@@ -82,8 +82,9 @@ const TILE_ROWS: usize = 16;
 const LANES: usize = 32;
 /// Up to so many visits of a warp, one token in float32 is faster on CUDA cores (by 10 % at 2 of them).
 const SHORT_VISITS: usize = 2;
-/// From so many visits of a warp on, two of them under way at a time are faster than one (by 4 % at 28 of them).
-const LONG_VISITS: usize = 16;
+/// From so many visits of a warp on, two of them under way at a time are faster than one: by 4 % at 14 of them and 16
+/// tokens, by 1 % at 28 and one token; at 9 and 16 tokens, and at 7 and one token, they are slower by 1 to 2 %.
+const LONG_VISITS: usize = 12;
 /// Columns of the tensor cores' second operand that a kernel has at most; a token has one, and two in float32.
 const MAX_COLUMNS: usize = 16;
 const OLDEST: u32 = 80;
@@ -236,6 +237,12 @@ mod tests {
         let Share { rows_each, rows_rest, full_rounds, rest_units, rest_parts, tiles_a_pass, depth } = chosen.share;
         assert_eq!((rows_each, rows_rest, full_rounds), (62, 8, 7));
         assert_eq!((rest_units, rest_parts, tiles_a_pass, depth), (0, 1, 4, 2));
+        // 14 visits of 8 warps are many, 7 of 16 are not.
+        let tall = problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), 1);
+        for (tokens, depth) in [(1, 1), (16, 2)] {
+            let chosen = plan(&Problem { count: tokens, ..tall }, HOPPER).expect("a kernel");
+            assert_eq!(chosen.share.depth, depth);
+        }
         let narrow = plan(&problem(Format::Nf4, BlockSize::Elements(64), (4096, 5120), 1), HOPPER).expect("a kernel");
         assert_eq!((narrow.share.full_rounds, narrow.share.rest_units, narrow.share.rest_parts), (1, 4, 4));
         let wide = plan(&Problem { count: 9, dtype: Dtype::Float16, ..nf4 }, HOPPER).expect("a kernel");
