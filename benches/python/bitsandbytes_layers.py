@@ -52,15 +52,12 @@ def four_bit(
 
 def eight_bit(weight: Tensor, threshold: float, device: str = "cpu") -> nn.Module:
     """Linear8bitLt; columns of x with a value of ``threshold`` or more are multiplied in 16 bits, with 0 none is."""
-    layer = bitsandbytes().nn.Linear8bitLt(
-        weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=threshold
+    parts = bitsandbytes().nn
+    layer = parts.Linear8bitLt(
+        weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=threshold, device="meta"
     )
-    return _load(layer, weight, device)
-
-
-def _load(layer: nn.Module, weight: Tensor, device: str) -> nn.Module:
-    layer.load_state_dict({"weight": weight})
-    return layer.to(device).eval()  # moving a layer to its device quantizes it
+    layer.weight = parts.Int8Params(weight.detach().to("cpu"), requires_grad=False, has_fp16_weights=False)
+    return layer.to(device).eval()  # type: ignore[no-any-return]  # moving a layer to its device quantizes it
 
 
 def replace_layers(model: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
