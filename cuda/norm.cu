@@ -51,14 +51,7 @@ __device__ __forceinline__ void norm_elements(const Norm& p) {
     lowbit::norm_vectors_of_kind<T, lanes, vectors>(p, [](const auto&) {});                                         \
   }
 #define ENTRIES(name, T)                                                                                            \
-  SHAPE(name, T, 16, 1)                                                                                             \
-  SHAPE(name, T, 32, 1)                                                                                             \
-  SHAPE(name, T, 32, 2)                                                                                             \
-  SHAPE(name, T, 128, 1)                                                                                            \
-  SHAPE(name, T, 256, 1)                                                                                            \
-  SHAPE(name, T, 256, 2)                                                                                            \
-  SHAPE(name, T, 256, 4)                                                                                            \
-  SHAPE(name, T, 512, 4)                                                                                            \
+  LOWBIT_FOR_EACH_SHAPE(SHAPE, name, T)                                                                             \
   extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                    \
       norm_elements_##name(const __grid_constant__ lowbit::Norm p) {                                                \
     lowbit::norm_elements<T>(p);                                                                                    \

@@ -295,14 +295,7 @@ inline constexpr int kResidentThreads = kBytes > 32 ? 512 : kBytes > 16 ? 768 : 
     else lowbit::backward_vectors<T, lanes, vectors, false, false>(p);                                              \
   }
 #define ENTRIES(name, T)                                                                                            \
-  SHAPE(name, T, 16, 1)                                                                                             \
-  SHAPE(name, T, 32, 1)                                                                                             \
-  SHAPE(name, T, 32, 2)                                                                                             \
-  SHAPE(name, T, 128, 1)                                                                                            \
-  SHAPE(name, T, 256, 1)                                                                                            \
-  SHAPE(name, T, 256, 2)                                                                                            \
-  SHAPE(name, T, 256, 4)                                                                                            \
-  SHAPE(name, T, 512, 4)                                                                                            \
+  LOWBIT_FOR_EACH_SHAPE(SHAPE, name, T)                                                                             \
   extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                    \
       norm_backward_elements_##name(const __grid_constant__ lowbit::Gradient p) {                                   \
     lowbit::backward_elements<T>(p);                                                                                \

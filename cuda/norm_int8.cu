@@ -69,13 +69,5 @@ __device__ __forceinline__ void round_row(const Norm& p, const RowOperands& o, c
                                              const __grid_constant__ lowbit::RowOperands o) {                       \
     lowbit::norm_vectors_of_kind<T, lanes, vectors>(p, [&](const auto& row) { lowbit::round_row(p, o, row); });     \
   }
-#define ENTRIES(name, T)                                                                                            \
-  SHAPE(name, T, 16, 1)                                                                                             \
-  SHAPE(name, T, 32, 1)                                                                                             \
-  SHAPE(name, T, 32, 2)                                                                                             \
-  SHAPE(name, T, 128, 1)                                                                                            \
-  SHAPE(name, T, 256, 1)                                                                                            \
-  SHAPE(name, T, 256, 2)                                                                                            \
-  SHAPE(name, T, 256, 4)                                                                                            \
-  SHAPE(name, T, 512, 4)
+#define ENTRIES(name, T) LOWBIT_FOR_EACH_SHAPE(SHAPE, name, T)
 LOWBIT_FOR_EACH_DTYPE(ENTRIES)

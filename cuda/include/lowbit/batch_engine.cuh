@@ -19,9 +19,11 @@ __device__ __forceinline__ void release(uint32_t free_barrier) {
 
 #if defined(LOWBIT_HAS_WGMMA)
 
-// Consumers need more registers than a thread has where all have the same number: producers leave them theirs.
-__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 56;"); }
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 224;"); }
+// Of producers and of consumers: together the 64 K of a multiprocessor.
+__device__ __forceinline__ void share_registers(bool is_consumer) {
+  if (is_consumer) take_registers<224>();
+  else give_up_registers<56>();
+}
 
 // Products of a unit, some in-features of a row tile, are under way while the next unit is decoded: operands have two places.
 template <typename T, typename Shape>
@@ -166,8 +168,7 @@ struct BatchEngine {
 
 #else
 
-__device__ __forceinline__ void leave_registers() {}
-__device__ __forceinline__ void take_registers() {}
+__device__ __forceinline__ void share_registers(bool) {}
 
 template <typename T, typename Shape>
 struct BatchEngine {

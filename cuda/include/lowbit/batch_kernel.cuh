@@ -61,7 +61,7 @@ struct Batch {
     __syncthreads();
     if (begin == end) return;
     if (warp < kConsumers / 32) {
-      take_registers();
+      share_registers(true);
       if (w.bits == 4) {
         const BatchCodebook codebook(w, lane);
         write_pair_table<T>(table, codebook.value * codebook.inverse, warp, kConsumers / 32, lane);
@@ -69,7 +69,7 @@ struct Batch {
       }
       consume(begin, end);
     } else {
-      leave_registers();
+      share_registers(false);
       produce(begin, end, threadIdx.x - kConsumers);
     }
   }

@@ -1,5 +1,5 @@
 // What products of int8 ask of Hopper beside wgmma.cuh, mbarrier.cuh and tensor_map.cuh: barriers that copies arrive at,
-// registers, products of int8. PTX ISA: wgmma, mbarrier.
+// products of int8. PTX ISA: wgmma, mbarrier.
 #pragma once
 
 #include <cstdint>
@@ -33,18 +33,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
-}
-
-// ---- registers
-
-template <int kRegisters>
-__device__ __forceinline__ void give_up_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ---- products of a warp group: d[64 x kN] += a[64 x 32 bytes] b[kN x 32 bytes]^T, both in shared memory

@@ -1,6 +1,17 @@
 // What the kernels of norms share: vectors of a row in registers, and sums over the threads that have a row.
 #pragma once
 
+// What norms are built for: threads that have a row, and vectors of it that each has. The host has the same list.
+#define LOWBIT_FOR_EACH_SHAPE(SHAPE, name, T) \
+  SHAPE(name, T, 16, 1)                       \
+  SHAPE(name, T, 32, 1)                       \
+  SHAPE(name, T, 32, 2)                       \
+  SHAPE(name, T, 128, 1)                      \
+  SHAPE(name, T, 256, 1)                      \
+  SHAPE(name, T, 256, 2)                      \
+  SHAPE(name, T, 256, 4)                      \
+  SHAPE(name, T, 512, 4)
+
 #include <type_traits>
 
 #include "dtype.cuh"

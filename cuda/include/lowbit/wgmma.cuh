@@ -26,6 +26,17 @@ __device__ __forceinline__ void wait_for_products() {
 
 namespace lowbit {
 
+// Who multiplies needs more registers than a thread has where all have the same number: the others leave them theirs. By
+// all warps of a group of four.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // What was written to shared memory before becomes visible to products that follow the next barrier.
 __device__ __forceinline__ void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -49,46 +60,26 @@ __device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a
 template <typename T, int kTokens>
 __device__ __forceinline__ void multiply_first_group(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
 
+// Both, of so many columns: `adds` is "1" and `four` names registers that are read, too; or "0", and they are written alone.
 #define LOWBIT_FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define LOWBIT_NEW_FOUR(d) "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-#define LOWBIT_MULTIPLY_32(T, name) \
+#define LOWBIT_MULTIPLY_32(T, name, function, four, adds) \
   template <> \
-  __device__ __forceinline__ void multiply_group<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
+  __device__ __forceinline__ void function<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name " " \
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-                 "{%16, %17, %18, %19}, %20, 1, 1, 1, 0;" \
-                 : LOWBIT_FOUR(d[0]), LOWBIT_FOUR(d[1]), LOWBIT_FOUR(d[2]), LOWBIT_FOUR(d[3]) \
+                 "{%16, %17, %18, %19}, %20, " adds ", 1, 1, 0;" \
+                 : four(d[0]), four(d[1]), four(d[2]), four(d[3]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
-#define LOWBIT_MULTIPLY_FIRST_32(T, name) \
+#define LOWBIT_MULTIPLY_64(T, name, function, four, adds) \
   template <> \
-  __device__ __forceinline__ void multiply_first_group<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-                 "{%16, %17, %18, %19}, %20, 0, 1, 1, 0;" \
-                 : LOWBIT_NEW_FOUR(d[0]), LOWBIT_NEW_FOUR(d[1]), LOWBIT_NEW_FOUR(d[2]), LOWBIT_NEW_FOUR(d[3]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define LOWBIT_MULTIPLY_64(T, name) \
-  template <> \
-  __device__ __forceinline__ void multiply_group<T, 64>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
+  __device__ __forceinline__ void function<T, 64>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " \
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;" \
-                 : LOWBIT_FOUR(d[0]), LOWBIT_FOUR(d[1]), LOWBIT_FOUR(d[2]), LOWBIT_FOUR(d[3]), \
-                   LOWBIT_FOUR(d[4]), LOWBIT_FOUR(d[5]), LOWBIT_FOUR(d[6]), LOWBIT_FOUR(d[7]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define LOWBIT_MULTIPLY_FIRST_64(T, name) \
-  template <> \
-  __device__ __forceinline__ void multiply_first_group<T, 64>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-                 "{%32, %33, %34, %35}, %36, 0, 1, 1, 0;" \
-                 : LOWBIT_NEW_FOUR(d[0]), LOWBIT_NEW_FOUR(d[1]), LOWBIT_NEW_FOUR(d[2]), LOWBIT_NEW_FOUR(d[3]), \
-                   LOWBIT_NEW_FOUR(d[4]), LOWBIT_NEW_FOUR(d[5]), LOWBIT_NEW_FOUR(d[6]), LOWBIT_NEW_FOUR(d[7]) \
+                 "{%32, %33, %34, %35}, %36, " adds ", 1, 1, 0;" \
+                 : four(d[0]), four(d[1]), four(d[2]), four(d[3]), four(d[4]), four(d[5]), four(d[6]), four(d[7]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
 #define LOWBIT_MULTIPLY_128(T, name) \
@@ -106,18 +97,15 @@ __device__ __forceinline__ void multiply_first_group(float (*d)[4], const uint32
                    LOWBIT_FOUR(d[12]), LOWBIT_FOUR(d[13]), LOWBIT_FOUR(d[14]), LOWBIT_FOUR(d[15]) \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
-LOWBIT_MULTIPLY_FIRST_32(bfloat16, "bf16")
-LOWBIT_MULTIPLY_FIRST_32(float16, "f16")
-LOWBIT_MULTIPLY_FIRST_64(bfloat16, "bf16")
-LOWBIT_MULTIPLY_FIRST_64(float16, "f16")
-LOWBIT_MULTIPLY_32(bfloat16, "bf16")
-LOWBIT_MULTIPLY_32(float16, "f16")
-LOWBIT_MULTIPLY_64(bfloat16, "bf16")
-LOWBIT_MULTIPLY_64(float16, "f16")
-LOWBIT_MULTIPLY_128(bfloat16, "bf16")
-LOWBIT_MULTIPLY_128(float16, "f16")
-#undef LOWBIT_MULTIPLY_FIRST_32
-#undef LOWBIT_MULTIPLY_FIRST_64
+#define LOWBIT_MULTIPLY(T, name) \
+  LOWBIT_MULTIPLY_32(T, name, multiply_group, LOWBIT_FOUR, "1") \
+  LOWBIT_MULTIPLY_32(T, name, multiply_first_group, LOWBIT_NEW_FOUR, "0") \
+  LOWBIT_MULTIPLY_64(T, name, multiply_group, LOWBIT_FOUR, "1") \
+  LOWBIT_MULTIPLY_64(T, name, multiply_first_group, LOWBIT_NEW_FOUR, "0") \
+  LOWBIT_MULTIPLY_128(T, name)
+LOWBIT_MULTIPLY(bfloat16, "bf16")
+LOWBIT_MULTIPLY(float16, "f16")
+#undef LOWBIT_MULTIPLY
 #undef LOWBIT_MULTIPLY_32
 #undef LOWBIT_MULTIPLY_64
 #undef LOWBIT_MULTIPLY_128

@@ -1,5 +1,6 @@
 //! `RMSNorm` and `LayerNorm`, on the CPU and on CUDA devices.
 
+use lowbit_core::Result;
 use lowbit_core::cpu::{self, Activations, Affine, Residual};
 use lowbit_core::cuda::{self, Device, DeviceActivations, DeviceAffine, DeviceGradient, DeviceResidual, Queue};
 use lowbit_core::dtype::Dtype;
@@ -73,6 +74,10 @@ fn norm(
     })
 }
 
+fn device_rows_at(argument: &'static str, (buffer, stride): &Rows, tokens: usize) -> Result<DeviceActivations> {
+    Ok(DeviceActivations { values: device_floats(argument, buffer)?, tokens, stride: *stride })
+}
+
 /// As `norm`, of tensors on the device of this number; with a threshold and buffers for rows in int8, the result goes there
 /// too, as `cuda_round_rows` rounds it.
 #[pyfunction]
@@ -94,9 +99,7 @@ fn cuda_norm(
     stream: usize,
 ) -> PyResult<()> {
     run(py, || {
-        let rows = |argument, (buffer, stride): &Rows| {
-            device_floats(argument, buffer).map(|values| DeviceActivations { values, tokens, stride: *stride })
-        };
+        let rows = |argument, rows| device_rows_at(argument, rows, tokens);
         let residual = match (&residual, &total) {
             (Some(residual), Some(total)) => {
                 Some(DeviceResidual { rows: rows("residual", residual)?, total: device_floats("total", total)? })
@@ -146,13 +149,10 @@ fn cuda_norm_backward(
     stream: usize,
 ) -> PyResult<()> {
     run(py, || {
-        let rows_at = |argument, (buffer, stride): &Rows| {
-            device_floats(argument, buffer).map(|values| DeviceActivations { values, tokens, stride: *stride })
-        };
         let gradient = DeviceGradient {
-            rows: rows_at("rows", &rows)?,
-            grad: rows_at("grad", &grad)?,
-            of_total: of_total.as_ref().map(|rows| rows_at("grad_total", rows)).transpose()?,
+            rows: device_rows_at("rows", &rows, tokens)?,
+            grad: device_rows_at("grad", &grad, tokens)?,
+            of_total: of_total.as_ref().map(|rows| device_rows_at("grad_total", rows, tokens)).transpose()?,
             weight: optional_floats("weight", weight.as_ref())?,
             out: optional_floats("out", out.as_ref())?,
             sums: optional_floats("sums", sums.as_ref())?,

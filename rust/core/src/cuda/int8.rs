@@ -3,8 +3,6 @@
 //! Rounding and multiplying are two steps, so that one rounding serves several products, and so that a kernel that
 //! makes activations may round them itself.
 
-use std::mem::MaybeUninit;
-
 use cudarc::driver::sys;
 
 use super::driver::check;
@@ -12,6 +10,7 @@ use super::int8_plan::{BOX_BYTES, TILE_TOKENS, gather, pays_from, product, round
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::DeviceActivations;
 use super::plan::Capability;
+use super::tensor_map::{Fetch, Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
 use crate::format::{BlockSize, Format};
@@ -160,11 +159,6 @@ const _: () = assert!(size_of::<ProductOperands>() == 104, "as int8_product.cuh 
 // SAFETY: `repr(C)`, the fields of the kernel's `ProductOperands` in their order.
 unsafe impl Argument for ProductOperands {}
 
-/// How boxes of a matrix are copied, as the driver encodes it.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct TensorMap(sys::CUtensorMap);
-
 /// `ProductMaps` of `int8_product.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -203,45 +197,6 @@ unsafe impl Argument for GatherOperands {}
 
 /// Numbers of 16 bits that a token, and a row of the weight, has beside its integers: `kSideCapacity`.
 pub const SIDE_NUMBERS: usize = 256;
-
-impl TensorMap {
-    /// Boxes of `box_rows` rows of a matrix of numbers of `size` bytes, 1 or 2; beyond its edges they are zero.
-    fn new(
-        matrix: u64,
-        (rows, cols): (usize, usize),
-        (size, row_bytes): (u32, usize),
-        box_rows: usize,
-    ) -> Result<Self> {
-        let kind = match size {
-            1 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-        };
-        let (sizes, strides) = ([cols as u64, rows as u64], [row_bytes as u64]);
-        let (boxes, steps) = ([BOX_BYTES / size, box_rows as u32], [1, 1]);
-        let mut map = MaybeUninit::<Self>::uninit();
-        // SAFETY: writes one map; the arrays have an element for each dimension, strides one less. The address is not
-        // read.
-        let encoded = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                map.as_mut_ptr().cast(),
-                kind,
-                2,
-                matrix as *mut std::ffi::c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        check(encoded, || format!("cuTensorMapEncodeTiled of {rows} x {cols}, rows of {row_bytes} bytes"))?;
-        // SAFETY: the driver has written it.
-        Ok(unsafe { map.assume_init() })
-    }
-}
 
 /// Why a weight cannot be multiplied with int8 on any device; none if it can.
 fn obstacle_anywhere(weight: &DeviceWeight) -> Option<String> {
@@ -381,16 +336,20 @@ fn product_maps(
 ) -> Result<ProductMaps> {
     let layout = weight.layout();
     let (cols, row_bytes) = (layout.cols, codes_stride(layout.cols));
-    let x = TensorMap::new(rows.codes.address, (tokens, cols), (1, row_bytes), TILE_TOKENS)?;
-    let w = TensorMap::new(weight.kernel().codes.0, (layout.rows, cols), (1, cols), box_rows)?;
+    let map = |address, rows, cols, element_bytes, row_bytes, box_rows| {
+        let matrix = Matrix { address, element_bytes, shape: [rows, cols], row_bytes };
+        matrix.map([BOX_BYTES / element_bytes as u32, box_rows as u32], Fetch::Bytes256)
+    };
+    let x = map(rows.codes.address, tokens, cols, 1, row_bytes, TILE_TOKENS)?;
+    let w = map(weight.kernel().codes.0, layout.rows, cols, 1, cols, box_rows)?;
     let Some(side) = side else { return Ok(ProductMaps { x, w, x_side: x, w_side: w }) };
     let (x_side, w_side) = sides(side, tokens);
-    let bytes = (2, 2 * SIDE_NUMBERS);
+    let side_of = |address, rows, box_rows| map(address, rows, SIDE_NUMBERS, 2, 2 * SIDE_NUMBERS, box_rows);
     Ok(ProductMaps {
         x,
         w,
-        x_side: TensorMap::new(x_side, (tokens, SIDE_NUMBERS), bytes, TILE_TOKENS)?,
-        w_side: TensorMap::new(w_side, (layout.rows, SIDE_NUMBERS), bytes, box_rows)?,
+        x_side: side_of(x_side, tokens, TILE_TOKENS)?,
+        w_side: side_of(w_side, layout.rows, box_rows)?,
     })
 }
 

@@ -5,7 +5,7 @@ use super::batch::{self, BatchPlan, BatchShare, BatchSizes, Boxes};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::{DeviceActivations, is_vectorized};
 use super::plan::{Operation, Problem};
-use super::tensor_map::{Matrix, TensorMap};
+use super::tensor_map::{Fetch, Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
 use crate::{Error, Result};
@@ -64,7 +64,7 @@ impl Maps {
         };
         let codes =
             Matrix { address: weight.kernel().codes.0, element_bytes: 1, shape: [layout.rows, row_bytes], row_bytes };
-        Ok(Self { x: activations.map(boxes.x)?, codes: codes.map(boxes.codes)? })
+        Ok(Self { x: activations.map(boxes.x, Fetch::Bytes128)?, codes: codes.map(boxes.codes, Fetch::Bytes128)? })
     }
 }
 

@@ -14,6 +14,13 @@ pub(super) struct TensorMap([u64; 16]);
 
 const _: () = assert!(size_of::<TensorMap>() == size_of::<sys::CUtensorMap>());
 
+/// How much more of a row the L2 cache fetches than was asked for: all around it of this many bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fetch {
+    Bytes128,
+    Bytes256,
+}
+
 /// A matrix whose rows lie `row_bytes` apart, a multiple of 16 as the address is.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Matrix {
@@ -35,8 +42,8 @@ impl TensorMap {
 impl Matrix {
     /// For boxes of so many columns and rows, each up to 256. The columns are 32, 64 or 128 bytes, and chunks of 16 bytes
     /// change places as in the swizzle of that width. Elements outside the matrix are 0.
-    pub(super) fn map(&self, [columns, rows]: [u32; 2]) -> Result<TensorMap> {
-        use sys::CUtensorMapSwizzle as Swizzle;
+    pub(super) fn map(&self, [columns, rows]: [u32; 2], fetch: Fetch) -> Result<TensorMap> {
+        use sys::{CUtensorMapL2promotion as Promotion, CUtensorMapSwizzle as Swizzle};
         let swizzle = match columns as usize * self.element_bytes {
             32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
             64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
@@ -45,6 +52,10 @@ impl Matrix {
         let element = match self.element_bytes {
             1 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
             _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        };
+        let promotion = match fetch {
+            Fetch::Bytes128 => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            Fetch::Bytes256 => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         };
         let shape = [self.shape[1] as u64, self.shape[0] as u64];
         let strides = [self.row_bytes as u64];
@@ -64,7 +75,7 @@ impl Matrix {
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                promotion,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         };
