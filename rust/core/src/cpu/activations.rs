@@ -66,17 +66,18 @@ pub(super) fn interval(weight: &PackedWeight<'_>, arithmetic: Arithmetic) -> usi
         Arithmetic::Int16 => INT16_INTERVAL,
         Arithmetic::Int8 if weight.is_int8_by_rows() => layout.cols,
         Arithmetic::Int8 => layout.block_size.min(INT8_INTERVAL),
-        Arithmetic::Fp32 => layout.block_size,
+        Arithmetic::Fp32 | Arithmetic::Bf16 => layout.block_size,
     }
 }
 
 /// The activations of a few tokens for [`super::decode`].
 pub(super) struct Lanes {
-    /// `[tokens][groups][UNITS][lane]`, zeros behind the last column.
+    /// `[groups][room][UNITS][lane]`, zeros behind the last column. Tokens are side by side: rows a power of two apart
+    /// would meet in the same few lines of the L1 cache.
     pub(super) units: Aligned,
-    /// Length of a token in `units`.
-    pub(super) stride: usize,
-    /// `[tokens][groups][PARTS][lane]` each: fp32 scales, and the int32 that sums start from. Empty where not needed.
+    /// Tokens that there is room for.
+    pub(super) room: usize,
+    /// `[groups][room][PARTS][lane]` each: fp32 scales, and the int32 that sums start from. Empty where not needed.
     pub(super) scales: Aligned,
     pub(super) starts: Aligned,
     /// `[tokens][blocks]`, zeros up to a whole vector; empty for formats without shifts.
@@ -116,13 +117,13 @@ impl DotKernel for Arrange<'_> {
     fn run<S: Simd, D: Dot<S>>(self, simd: S, _dot: D) -> Option<Lanes> {
         let layout = self.weight.layout();
         let groups = layout.cols.div_ceil(D::GROUP);
-        let (stride, side) = (groups * D::UNITS * S::LANES, groups * D::PARTS * S::LANES);
+        let side = groups * D::PARTS * S::LANES;
         let count = |is_needed: bool, each: usize| if is_needed { self.room * each } else { 0 };
         let sum_stride = layout.blocks_per_row().next_multiple_of(S::LANES);
         let mut lanes = Lanes {
-            units: Aligned::zeros(self.room * stride),
-            stride,
-            scales: Aligned::zeros(count(D::PACK > 1, side)),
+            units: Aligned::zeros(self.room * groups * D::UNITS * S::LANES),
+            room: self.room,
+            scales: Aligned::zeros(count(D::ARITHMETIC.is_integer(), side)),
             starts: Aligned::zeros(count(D::OFFSET != 0, side)),
             block_sums: vec![0.0; count(self.weight.has_shift(), sum_stride)],
             sum_stride,
@@ -131,26 +132,26 @@ impl DotKernel for Arrange<'_> {
         let mut row = vec![0.0; groups * D::GROUP];
         for token in 0..self.x.tokens {
             self.x.read(simd, token, 0, &mut row[..layout.cols]);
-            let units = &mut lanes.units[token * stride..][..stride];
-            let scales = lanes.scales.chunks_exact_mut(side.max(1)).nth(token).unwrap_or_default();
-            let starts = lanes.starts.chunks_exact_mut(side.max(1)).nth(token).unwrap_or_default();
-            match D::PACK {
-                1 => place(&row, f32::to_bits, &places, units),
-                2 => {
+            let (units, scales, starts) = (&mut lanes.units, &mut lanes.scales, &mut lanes.starts);
+            let of = Token { token, room: self.room };
+            match D::ARITHMETIC {
+                Arithmetic::Fp32 => place(&row, f32::to_bits, &places, of, units),
+                Arithmetic::Bf16 => place(&row, upper_half, &places, of, as_slice_mut(units)),
+                Arithmetic::Int16 => {
                     let (numbers, steps) = to_int16(&row)?;
-                    place(&numbers, i16::cast_unsigned, &places, as_slice_mut(units));
-                    fill_side::<S, D>(scales, |column| steps[column / INT16_INTERVAL].to_bits());
+                    place(&numbers, i16::cast_unsigned, &places, of, as_slice_mut(units));
+                    fill_side::<S, D>(scales, of, |column| steps[column / INT16_INTERVAL].to_bits());
                 }
-                _ => {
+                Arithmetic::Int8 => {
                     let (numbers, steps) = match self.rounded {
                         Some(rounded) => (padded(rounded.row(token), row.len()), vec![rounded.scales()[token]]),
                         None => to_int8(&row[..layout.cols], row.len(), self.interval)?,
                     };
-                    place(&numbers, i8::cast_unsigned, &places, as_slice_mut(units));
-                    fill_side::<S, D>(scales, |column| {
+                    place(&numbers, i8::cast_unsigned, &places, of, as_slice_mut(units));
+                    fill_side::<S, D>(scales, of, |column| {
                         steps.get(column / self.interval).map_or(0, |step| step.to_bits())
                     });
-                    fill_starts::<S, D>(as_slice_mut(units), starts);
+                    fill_starts::<S, D>(as_slice_mut(units), of, starts);
                 }
             }
             if self.weight.has_shift() {
@@ -161,6 +162,21 @@ impl DotKernel for Arrange<'_> {
             }
         }
         Some(lanes)
+    }
+}
+
+/// One of the tokens that are side by side.
+#[derive(Clone, Copy)]
+struct Token {
+    token: usize,
+    room: usize,
+}
+
+impl Token {
+    /// Its part of every group, `len` long.
+    #[inline(always)]
+    fn groups<T>(self, values: &mut [T], len: usize) -> impl Iterator<Item = &mut [T]> {
+        values.chunks_exact_mut(len).skip(self.token).step_by(self.room)
     }
 }
 
@@ -181,9 +197,9 @@ fn places<S: Simd, D: Dot<S>>() -> Vec<usize> {
 
 /// Puts the numbers of every group into their places.
 #[inline(always)]
-fn place<T: Copy, U>(numbers: &[T], bits: impl Fn(T) -> U, places: &[usize], units: &mut [U]) {
+fn place<T: Copy, U>(numbers: &[T], bits: impl Fn(T) -> U, places: &[usize], of: Token, units: &mut [U]) {
     assert!(places.iter().all(|&place| place < places.len()));
-    for (group, units) in numbers.chunks_exact(places.len()).zip(units.chunks_exact_mut(places.len())) {
+    for (group, units) in numbers.chunks_exact(places.len()).zip(of.groups(units, places.len())) {
         for (to, &from) in units.iter_mut().zip(places) {
             // SAFETY: a group has as many numbers as there are places, and no place is beyond it.
             *to = bits(unsafe { *group.get_unchecked(from) });
@@ -191,10 +207,10 @@ fn place<T: Copy, U>(numbers: &[T], bits: impl Fn(T) -> U, places: &[usize], uni
     }
 }
 
-/// Fills `[groups][PARTS][lane]` by the first column of each lane.
+/// Fills a token's `[groups][PARTS][lane]` by the first column of each lane.
 #[inline(always)]
-fn fill_side<S: Simd, D: Dot<S>>(side: &mut [u32], of_column: impl Fn(usize) -> u32) {
-    for (group, side) in side.chunks_exact_mut(D::PARTS * S::LANES).enumerate() {
+fn fill_side<S: Simd, D: Dot<S>>(side: &mut [u32], of: Token, of_column: impl Fn(usize) -> u32) {
+    for (group, side) in of.groups(side, D::PARTS * S::LANES).enumerate() {
         for (at, to) in side.iter_mut().enumerate() {
             let element = D::element(at / S::LANES * (D::UNITS / D::PARTS), at % S::LANES, 0);
             *to = of_column(group * D::GROUP + element);
@@ -204,8 +220,8 @@ fn fill_side<S: Simd, D: Dot<S>>(side: &mut [u32], of_column: impl Fn(usize) -> 
 
 /// `-OFFSET` times the sum of the bytes that go into every lane.
 #[inline(always)]
-fn fill_starts<S: Simd, D: Dot<S>>(bytes: &[u8], starts: &mut [u32]) {
-    let groups = bytes.chunks_exact(D::GROUP).zip(starts.chunks_exact_mut(D::PARTS * S::LANES));
+fn fill_starts<S: Simd, D: Dot<S>>(bytes: &mut [u8], of: Token, starts: &mut [u32]) {
+    let groups = of.groups(bytes, D::GROUP).zip(of.groups(starts, D::PARTS * S::LANES));
     for (bytes, starts) in groups {
         for (at, start) in starts.iter_mut().enumerate() {
             let (part, lane) = (at / S::LANES, at % S::LANES);
@@ -217,9 +233,15 @@ fn fill_starts<S: Simd, D: Dot<S>>(bytes: &[u8], starts: &mut [u32]) {
     }
 }
 
+/// A bf16 number in fp32 as its bits: the lower half is zero.
+#[inline(always)]
+fn upper_half(x: f32) -> u16 {
+    (x.to_bits() >> 16) as u16
+}
+
 /// The units as smaller integers.
 #[inline(always)]
-fn as_slice_mut<T>(units: &mut [u32]) -> &mut [T] {
+pub(super) fn as_slice_mut<T>(units: &mut [u32]) -> &mut [T] {
     // SAFETY: every bit pattern is a u8 or u16, which are the types this is called for, and they divide a u32.
     let (before, middle, after) = unsafe { units.align_to_mut::<T>() };
     debug_assert!(before.is_empty() && after.is_empty());

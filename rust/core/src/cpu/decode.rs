@@ -23,12 +23,22 @@ use crate::storage::PackedWeight;
 /// about so much.
 const BYTES_PER_THREAD: usize = 64 << 10;
 
-/// How far ahead of its use a cache line of codes is asked for, in bytes: from memory, and from the L2 cache.
-const FAR: usize = 8192;
-const NEAR: usize = 1024;
+/// What suits the caches of a machine, in bytes.
+#[derive(Clone, Copy)]
+struct Caches {
+    /// Activations that are worked on at a time: they stay in the L1 cache beside the codes that pass through.
+    activations: usize,
+    /// How far ahead of its use a cache line of codes is asked for: from memory, and from the L2 cache.
+    ahead: [usize; 2],
+}
 
-/// Bytes of activations that are worked on at a time: two thirds of the smallest L1 cache.
-const ACTIVATION_BYTES: usize = 32 << 10;
+/// Measured on Sapphire Rapids, whose L1 cache has 48 KiB, and on Zen 4, whose has 32 as most others have.
+const fn caches(isa: Isa) -> Caches {
+    match isa {
+        Isa::Amx => Caches { activations: 32 << 10, ahead: [8192, 1024] },
+        _ => Caches { activations: 16 << 10, ahead: [16384, 2048] },
+    }
+}
 
 /// Rows whose scales are read, and whose results are handed over, at once.
 const ROWS: usize = 16;
@@ -122,7 +132,8 @@ impl DecodeRows<'_> {
         let layout = weight.layout();
         let (row_bytes, blocks) = (layout.row_bytes(), layout.blocks_per_row());
         let row_dot = RowDot::new(simd, dot, lanes, layout);
-        let groups_at_once = (ACTIVATION_BYTES / (TOKENS * D::UNITS * 4 * S::LANES)).max(1);
+        let Caches { activations, ahead } = caches(self.product.isa);
+        let groups_at_once = (activations / (TOKENS * D::UNITS * 4 * S::LANES)).max(1);
         // A whole vector of scales is read from any block on.
         let mut scales = vec![0.0; ROWS * blocks + S::LANES];
         let mut shifts = vec![0.0; if weight.has_shift() { ROWS * blocks + S::LANES } else { 0 }];
@@ -137,12 +148,13 @@ impl DecodeRows<'_> {
             for groups in parallel::ranges(row_dot.groups, groups_at_once) {
                 // Where a row is worked on in pieces, what comes next is the same piece of the rows below.
                 let piece = groups.len() * 4 * S::LANES;
-                let far = if groups.len() == row_dot.groups { FAR } else { FAR.div_ceil(piece) * row_bytes };
+                let ahead = ahead
+                    .map(|bytes| if groups.len() == row_dot.groups { bytes } else { bytes.div_ceil(piece) * row_bytes });
                 for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
                     // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
                     let bytes = &weight.codes()[(first + row) * row_bytes..];
                     prefetch_scales(simd, weight, (first + ROWS + row) * blocks, &groups, D::GROUP);
-                    row_dot.add((bytes, far), &scales[row * blocks..], groups.clone(), sums);
+                    row_dot.add((bytes, ahead), &scales[row * blocks..], groups.clone(), sums);
                 }
             }
             for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
@@ -200,11 +212,11 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
     }
 
     /// Adds the products of a row's `groups` to the partial sums of each token. `bytes` and `scales` go from the row on;
-    /// `far` bytes ahead is what memory is asked for.
+    /// `far` bytes ahead is what memory is asked for, `near` bytes what the L2 cache is.
     #[inline(always)]
     fn add<const TOKENS: usize>(
         &self,
-        (bytes, far): (&[u8], usize),
+        (bytes, [far, near]): (&[u8], [usize; 2]),
         scales: &[f32],
         groups: Range<usize>,
         sums: &mut [S::Vector; TOKENS],
@@ -214,7 +226,7 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         for at in groups.start..groups.end.min(self.groups - 1) {
             let from = bytes.as_ptr().wrapping_add(at * vector_bytes);
             self.simd.prefetch(from.wrapping_add(far));
-            self.simd.prefetch_near(from.wrapping_add(NEAR));
+            self.simd.prefetch_near(from.wrapping_add(near));
             // SAFETY: every vector but the last lies within the row.
             let words = unsafe { self.simd.load(from.cast::<f32>()) };
             self.add_group::<TOKENS>(words, at, scales, &self.scale_of_lane, &mut totals);
@@ -248,7 +260,11 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
             for (token, (sum, partial)) in sums.iter_mut().zip(partial).enumerate() {
                 let partial = dot.to_f32(simd, partial);
                 let partial =
-                    if D::PACK > 1 { simd.mul(partial, self.side(&self.x.scales, token, at, part)) } else { partial };
+                    if D::ARITHMETIC.is_integer() {
+                        simd.mul(partial, self.side(&self.x.scales, token, at, part))
+                    } else {
+                        partial
+                    };
                 *sum = simd.fma(partial, scale, *sum);
             }
         }
@@ -267,7 +283,7 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         for unit in part * D::UNITS / D::PARTS..(part + 1) * D::UNITS / D::PARTS {
             let operand = dot.operand(simd, words, unit);
             for (token, partial) in partial.iter_mut().enumerate() {
-                let from = token * self.x.stride + (at * D::UNITS + unit) * S::LANES;
+                let from = ((at * self.x.room + token) * D::UNITS + unit) * S::LANES;
                 debug_assert!(from + S::LANES <= self.x.units.len());
                 // SAFETY: a token has a vector of activations for every unit of every vector of words.
                 let x = unsafe { simd.load(self.x.units.as_ptr().add(from).cast::<f32>()) };
@@ -277,10 +293,10 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
         partial
     }
 
-    /// The vector of `values`, `[tokens][groups][PARTS][lane]`, at a place.
+    /// The vector of `values`, `[groups][room][PARTS][lane]`, at a place.
     #[inline(always)]
     fn side(&self, values: &[u32], token: usize, at: usize, part: usize) -> S::Vector {
-        let from = ((token * self.groups + at) * D::PARTS + part) * S::LANES;
+        let from = ((at * self.x.room + token) * D::PARTS + part) * S::LANES;
         debug_assert!(from + S::LANES <= values.len());
         // SAFETY: both arrays that are passed have a vector of 32-bit numbers for every such place.
         unsafe { self.simd.load(values.as_ptr().add(from).cast::<f32>()) }

@@ -17,6 +17,8 @@ use super::simd::{IntDot, Simd};
 pub(super) enum Arithmetic {
     /// fp32.
     Fp32,
+    /// bf16, for activations that are it and 4-bit codes; the codebook is rounded alike.
+    Bf16,
     /// int16 with 14 bits and a sign, a power of two as scale for every 16 activations; the codebook is rounded alike.
     /// It holds bf16 to the last bit down to 1/64 of the largest of the 16.
     Int16,
@@ -24,8 +26,17 @@ pub(super) enum Arithmetic {
     Int8,
 }
 
+impl Arithmetic {
+    /// Whether activations become integers, with scales.
+    pub(super) const fn is_integer(self) -> bool {
+        matches!(self, Self::Int16 | Self::Int8)
+    }
+}
+
 /// A kind of codes together with an arithmetic.
 pub(super) trait Dot<S: Simd>: Copy {
+    /// What activations are multiplied as.
+    const ARITHMETIC: Arithmetic;
     /// Codes in a 32-bit word.
     const PER_WORD: usize;
     /// Activations in a 32-bit lane.
@@ -59,6 +70,7 @@ pub(super) trait Dot<S: Simd>: Copy {
 struct Singles<C>(C);
 
 impl<S: Simd, C: Codes<S>> Dot<S> for Singles<C> {
+    const ARITHMETIC: Arithmetic = Arithmetic::Fp32;
     const PER_WORD: usize = C::PER_WORD;
     const PACK: usize = 1;
 
@@ -83,6 +95,11 @@ impl<S: Simd, C: Codes<S>> Dot<S> for Singles<C> {
     }
 }
 
+/// The arithmetic of which so many integers are in a 32-bit lane.
+const fn of_integers(pack: usize) -> Arithmetic {
+    if pack == 2 { Arithmetic::Int16 } else { Arithmetic::Int8 }
+}
+
 /// 4-bit codes in integers: the table is a multiple of the codebook, rounded.
 #[derive(Clone, Copy)]
 struct IntNibbles<I, T> {
@@ -92,6 +109,7 @@ struct IntNibbles<I, T> {
 }
 
 impl<S: Simd, I: IntDot<S>> Dot<S> for IntNibbles<I, I::Table> {
+    const ARITHMETIC: Arithmetic = of_integers(I::PACK);
     const PER_WORD: usize = 8;
     const PACK: usize = I::PACK;
     const PARTS: usize = I::NIBBLE_PARTS;
@@ -128,6 +146,7 @@ impl<S: Simd, I: IntDot<S>> Dot<S> for IntNibbles<I, I::Table> {
 struct IntBytes<I>(I);
 
 impl<S: Simd, I: IntDot<S>> Dot<S> for IntBytes<I> {
+    const ARITHMETIC: Arithmetic = of_integers(I::PACK);
     const PER_WORD: usize = 4;
     const PACK: usize = I::PACK;
     const OFFSET: i32 = I::OFFSET;

@@ -16,6 +16,8 @@ use crate::{Error, Result};
 pub enum Isa {
     /// The next one, and AMX: products of tiles of bf16 and int8.
     Amx,
+    /// The next one, and BF16: dot products of pairs of bf16.
+    Avx512Bf16,
     /// The next one, and VNNI: dot products of int16 and int8.
     Avx512Vnni,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
@@ -30,12 +32,14 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, best first.
-    pub const ALL: [Self; 6] = [Self::Amx, Self::Avx512Vnni, Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
+    pub const ALL: [Self; 7] =
+        [Self::Amx, Self::Avx512Bf16, Self::Avx512Vnni, Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
 
     /// The name that `LOWBIT_ISA` takes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Amx => "amx",
+            Self::Avx512Bf16 => "avx512_bf16",
             Self::Avx512Vnni => "avx512_vnni",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
@@ -48,7 +52,9 @@ impl Isa {
     pub fn is_available(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => Self::Avx512Vnni.is_available() && amx::is_available(),
+            Self::Amx => Self::Avx512Bf16.is_available() && amx::is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Self::Avx512Vnni.is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => is_x86_feature_detected!("avx512vnni") && Self::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
@@ -66,7 +72,7 @@ impl Isa {
             Self::Neon => cfg!(target_arch = "aarch64"),
             Self::Scalar => true,
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Amx | Self::Avx512Vnni | Self::Avx512 | Self::Avx2 => false,
+            Self::Amx | Self::Avx512Bf16 | Self::Avx512Vnni | Self::Avx512 | Self::Avx2 => false,
         }
     }
 
@@ -102,9 +108,28 @@ impl Isa {
     fn choose() -> Result<Self> {
         match std::env::var("LOWBIT_ISA") {
             Ok(name) if !name.is_empty() => Self::parse("LOWBIT_ISA", &name),
-            _ => Ok(Self::available()[0]),
+            _ => Ok(Self::available().into_iter().find(|isa| isa.is_fast()).unwrap_or(Self::Scalar)),
         }
     }
+
+    /// Whether it is worth taking where nobody asks for it. Sapphire Rapids has four fp32 products for one of bf16 without
+    /// its tiles, which a virtual machine may hide.
+    fn is_fast(self) -> bool {
+        self != Self::Avx512Bf16 || !is_intel()
+    }
+}
+
+/// Whether the processor is one of Intel's.
+fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[allow(unused_unsafe)] // safe since Rust 1.94
+        // SAFETY: every x86-64 processor has CPUID.
+        let vendor = unsafe { std::arch::x86_64::__cpuid(0) };
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// Position in [`Isa::ALL`] of the forced instruction set, or beyond it.
@@ -124,7 +149,7 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         // SAFETY: an `Isa` in circulation was detected on this machine.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512Vnni | Isa::Avx512 => unsafe { on_avx512(kernel) },
+        Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512Vnni | Isa::Avx512 => unsafe { on_avx512(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { on_avx2(kernel) },

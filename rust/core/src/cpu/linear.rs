@@ -113,7 +113,7 @@ impl Call<'_> {
             let (rows, first) = (x.rows(tokens.clone()), tokens.start);
             match self.path(format, x, tokens.len()) {
                 Path::Decode(arithmetic) => self.decode(arithmetic, &rows, first, out),
-                Path::Panel => self.panel(&rows, first, out),
+                Path::Panel(numbers) => self.panel(numbers, &rows, first, out),
                 #[cfg(target_arch = "x86_64")]
                 Path::Tiles(numbers) => {
                     let product = amx::Product::new(self.weight, self.direction, numbers, &rows, None, self.threads);
@@ -129,7 +129,7 @@ impl Call<'_> {
             match decode::Product::new(self.isa, arithmetic, self.weight, &rows, None) {
                 Some(product) => product.run(self.threads, &out.after(self.isa, first)),
                 // There are no integers for NaN and infinities; other tokens do not notice.
-                None if rows.tokens == 1 => self.panel(&rows, first, out),
+                None if rows.tokens == 1 => self.panel(panel::Numbers::Fp32, &rows, first, out),
                 None => (0..rows.tokens).for_each(|i| self.decode(arithmetic, &rows.rows(i..i + 1), first + i, out)),
             }
         }
@@ -167,17 +167,9 @@ impl Call<'_> {
         }
     }
 
-    fn panel<T: Element>(&self, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        let (_, terms) = self.direction.outputs_and_terms(self.weight);
-        let values = closely_packed(self.isa, x, terms, self.threads);
-        let product = panel::Product {
-            weight: self.weight,
-            direction: self.direction,
-            x: &values,
-            x_stride: terms,
-            tokens: x.tokens,
-        };
-        product.run(self.isa, self.threads, &out.after(self.isa, first));
+    fn panel<T: Element>(&self, numbers: panel::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
+        let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, x, self.threads);
+        product.run(self.threads, &out.after(self.isa, first));
     }
 }
 
@@ -240,33 +232,6 @@ impl<T: Element> Kernel for Store<'_, T> {
         }
         for at in whole..to.len() {
             to[at] = T::from_f32(values[at] + bias.map_or(0.0, |bias| bias[at]));
-        }
-    }
-}
-
-/// The rows of `x` in fp32, closely packed.
-fn closely_packed(isa: Isa, x: &Activations<'_>, width: usize, threads: usize) -> Vec<f32> {
-    let mut out = vec![0.0; x.tokens * width];
-    let at_once = ((1 << 16) / width).max(1);
-    let parts = out.chunks_mut(at_once * width).zip((0..).step_by(at_once)).collect();
-    parallel::for_each(threads, parts, |(out, first)| dispatch(isa, Widen { x, first, width, out }));
-    out
-}
-
-struct Widen<'a> {
-    x: &'a Activations<'a>,
-    first: usize,
-    width: usize,
-    out: &'a mut [f32],
-}
-
-impl Kernel for Widen<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        for (token, out) in (self.first..).zip(self.out.chunks_exact_mut(self.width)) {
-            self.x.read(simd, token, 0, out);
         }
     }
 }

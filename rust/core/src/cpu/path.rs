@@ -4,7 +4,7 @@ use super::decode;
 use super::dot::Arithmetic;
 use super::isa::Isa;
 use super::linear::TOKENS_AT_ONCE;
-use super::panel::Direction;
+use super::panel::{self, Direction};
 #[cfg(target_arch = "x86_64")]
 use super::x86::amx::Numbers;
 use crate::dtype::Dtype;
@@ -58,16 +58,16 @@ impl ActivationFormat {
 pub(super) enum Path {
     /// Rows decoded in registers, a few tokens at a time.
     Decode(Arithmetic),
-    /// Panels decoded to fp32.
-    Panel,
+    /// Panels decoded once for many tokens.
+    Panel(panel::Numbers),
     /// Tiles of AMX.
     #[cfg(target_arch = "x86_64")]
     Tiles(Numbers),
 }
 
 /// Time of one thread for 128 weights, in units of 1/2.6 ns: `weights` whatever the number of tokens, `tokens` for each
-/// token or, of tiles, for 16 of them. Measured on Sapphire Rapids with NF4 in blocks of 64 (docs/cpu.md); other formats
-/// shift all of a line alike.
+/// token or, of tiles, for 16 of them. Measured with NF4 in blocks of 64 (docs/cpu.md), on Zen 4 what is for AVX-512 BF16 and
+/// on Sapphire Rapids the rest; other formats shift all of a line alike.
 #[derive(Clone, Copy)]
 struct Cost {
     weights: f32,
@@ -80,6 +80,8 @@ struct Costs {
     int16: Cost,
     int8: Cost,
     panel: Cost,
+    /// In bf16, decoding and panels; none where no instruction multiplies it, or slowly.
+    bf16: Option<[Cost; 2]>,
     /// One product of parts; none where there are no tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     tiles: Option<Cost>,
@@ -103,15 +105,38 @@ const fn costs(isa: Isa) -> Costs {
     }
     let tiles = if matches!(isa, Isa::Amx) { Some(cost(20.0, 10.0)) } else { None };
     match isa {
-        Isa::Amx | Isa::Avx512Vnni => {
-            Costs { fp32: cost(9.0, 5.0), int16: cost(5.5, 4.0), int8: cost(3.5, 3.0), panel: cost(30.0, 5.0), tiles }
-        }
-        Isa::Avx512 => {
-            Costs { fp32: cost(9.0, 5.0), int16: cost(5.5, 6.0), int8: cost(3.5, 6.0), panel: cost(30.0, 5.0), tiles }
-        }
-        Isa::Avx2 | Isa::Neon | Isa::Scalar => {
-            Costs { fp32: cost(28.0, 8.0), int16: cost(8.0, 10.0), int8: cost(6.0, 8.0), panel: cost(60.0, 9.0), tiles }
-        }
+        Isa::Avx512Bf16 => Costs {
+            fp32: cost(3.0, 9.1),
+            int16: cost(8.5, 5.0),
+            int8: cost(13.0, 4.9),
+            panel: cost(57.0, 5.8),
+            bf16: Some([cost(5.0, 4.2), cost(37.0, 3.05)]),
+            tiles,
+        },
+        Isa::Amx | Isa::Avx512Vnni => Costs {
+            fp32: cost(9.0, 5.0),
+            int16: cost(5.5, 4.0),
+            int8: cost(3.5, 3.0),
+            panel: cost(30.0, 5.0),
+            bf16: None,
+            tiles,
+        },
+        Isa::Avx512 => Costs {
+            fp32: cost(9.0, 5.0),
+            int16: cost(5.5, 6.0),
+            int8: cost(3.5, 6.0),
+            panel: cost(30.0, 5.0),
+            bf16: None,
+            tiles,
+        },
+        Isa::Avx2 | Isa::Neon | Isa::Scalar => Costs {
+            fp32: cost(28.0, 8.0),
+            int16: cost(8.0, 10.0),
+            int8: cost(6.0, 8.0),
+            panel: cost(60.0, 9.0),
+            bf16: None,
+            tiles,
+        },
     }
 }
 
@@ -120,7 +145,7 @@ impl Path {
     pub(super) fn is_int8(self) -> bool {
         match self {
             Self::Decode(arithmetic) => arithmetic == Arithmetic::Int8,
-            Self::Panel => false,
+            Self::Panel(_) => false,
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(numbers) => numbers == Numbers::Int8,
         }
@@ -162,7 +187,9 @@ fn fastest(
 ) -> (Path, f32) {
     let costs = costs(isa);
     let tokens = tokens as f32;
-    let mut best = (Path::Panel, costs.panel.weights + costs.panel.tokens * tokens);
+    let panel = |cost: Cost| cost.weights + cost.tokens * tokens;
+    let in_bf16 = costs.bf16.filter(|_| dtype == Dtype::Bfloat16);
+    let mut best = (Path::Panel(panel::Numbers::Fp32), panel(costs.panel));
     let mut consider = |path: Path, cost: f32| {
         if cost < best.1 {
             best = (path, cost);
@@ -176,9 +203,15 @@ fn fastest(
         if dtype != Dtype::Float32 {
             consider(Path::Decode(Arithmetic::Int16), decode(costs.int16));
         }
+        if let Some([cost, _]) = in_bf16.filter(|_| weight.codebook().is_some()) {
+            consider(Path::Decode(Arithmetic::Bf16), decode(cost));
+        }
         if rounds {
             consider(Path::Decode(Arithmetic::Int8), decode(costs.int8));
         }
+    }
+    if let Some([_, cost]) = in_bf16 {
+        consider(Path::Panel(panel::Numbers::Bf16), panel(cost));
     }
     #[cfg(target_arch = "x86_64")]
     if let Some(tiles) = costs.tiles {

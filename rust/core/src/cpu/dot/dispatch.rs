@@ -8,7 +8,7 @@ use crate::cpu::isa::{Isa, Kernel, dispatch};
 use crate::cpu::scalar::{Scalar, ScalarPairs, ScalarQuads};
 use crate::cpu::simd::{IntDot, Simd};
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::x86::{avx2::Avx2, avx2_dots, avx512::Avx512, avx512_dots, vnni_dots};
+use crate::cpu::x86::{avx2::Avx2, avx2_dots, avx512::Avx512, avx512_dots, bf16_dots, vnni_dots};
 use crate::storage::PackedWeight;
 
 /// A computation written once for all ways to multiply.
@@ -31,7 +31,10 @@ pub(in crate::cpu) fn dispatch_dot<K: DotKernel>(
         (Arithmetic::Fp32, _) => dispatch(isa, InFp32 { weight, kernel }),
         // SAFETY: an `Isa` in circulation was detected on this machine.
         #[cfg(target_arch = "x86_64")]
-        (_, Isa::Amx | Isa::Avx512Vnni) => unsafe { on_vnni(arithmetic, weight, kernel) },
+        (Arithmetic::Bf16, Isa::Amx | Isa::Avx512Bf16) => unsafe { on_avx512_bf16(weight, kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        (_, Isa::Amx | Isa::Avx512Bf16 | Isa::Avx512Vnni) => unsafe { on_vnni(arithmetic, weight, kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         (_, Isa::Avx512) => unsafe { on_avx512(arithmetic, weight, kernel) },
@@ -46,6 +49,15 @@ pub(in crate::cpu) fn dispatch_dot<K: DotKernel>(
         }
         _ => in_ints(arithmetic, Scalar, ScalarPairs, ScalarQuads, weight, kernel),
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn on_avx512_bf16<K: DotKernel>(weight: &PackedWeight<'_>, kernel: K) -> K::Output {
+    let Some(codebook) = weight.codebook() else { unreachable!("bytes are multiplied in other arithmetics") };
+    // SAFETY: as in `on_vnni`.
+    let (simd, pairs) = unsafe { (Avx512::new(), bf16_dots::Pairs::new()) };
+    kernel.run(simd, bf16_dots::Nibbles::new(pairs, codebook.values()))
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,107 @@
+//! What panels hold: fp32 numbers, or pairs of bf16.
+
+use std::ops::Range;
+
+use crate::cpu::activations::Activations;
+use crate::cpu::isa::{Isa, Kernel, dispatch};
+use crate::cpu::simd::Simd;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::x86::{avx512::Avx512, bf16_dots};
+
+/// The numbers of weights and activations in a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::cpu) enum Numbers {
+    /// fp32.
+    Fp32,
+    /// bf16, which activations have to be already; weights are rounded to it.
+    Bf16,
+}
+
+/// How terms lie in 32-bit lanes, and the instruction that multiplies them.
+pub(in crate::cpu) trait Terms<S: Simd>: Copy {
+    /// Neighbouring terms in a lane: 1 or 2.
+    const PACK: usize;
+
+    /// Lane-wise `sum + a * b`, of all the terms of a lane.
+    fn multiply_add(self, simd: S, a: S::Vector, b: S::Vector, sum: S::Vector) -> S::Vector;
+    /// The terms of row `token` of `x` from `first` on, a multiple of `PACK`, as lanes; zeros behind the last one.
+    fn read(self, simd: S, x: &Activations<'_>, token: usize, terms: &Range<usize>, lanes: &mut [u32]);
+    /// Stores two neighbouring terms of a vector of outputs where the first of them belongs; where they take a vector each,
+    /// the second lies `next` numbers behind.
+    ///
+    /// # Safety
+    /// The vectors are writable.
+    unsafe fn store(self, simd: S, to: *mut f32, next: usize, terms: [S::Vector; 2]);
+}
+
+/// One term in fp32 a lane.
+#[derive(Clone, Copy)]
+pub(super) struct Singles;
+
+impl<S: Simd> Terms<S> for Singles {
+    const PACK: usize = 1;
+
+    #[inline(always)]
+    fn multiply_add(self, simd: S, a: S::Vector, b: S::Vector, sum: S::Vector) -> S::Vector {
+        simd.fma(a, b, sum)
+    }
+
+    #[inline(always)]
+    fn read(self, simd: S, x: &Activations<'_>, token: usize, terms: &Range<usize>, lanes: &mut [u32]) {
+        // SAFETY: fp32 and its bits are of one size.
+        let numbers = unsafe { std::slice::from_raw_parts_mut(lanes.as_mut_ptr().cast::<f32>(), terms.len()) };
+        x.read(simd, token, terms.start, numbers);
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, simd: S, to: *mut f32, next: usize, terms: [S::Vector; 2]) {
+        // SAFETY: handed on to the caller.
+        unsafe {
+            simd.store(to, terms[0]);
+            simd.store(to.add(next), terms[1]);
+        }
+    }
+}
+
+/// A computation written once for all numbers.
+pub(super) trait TermsKernel {
+    /// What it returns.
+    type Output;
+    /// Runs on `simd`; `#[inline(always)]` as [`Kernel::run`] is.
+    fn run<S: Simd, T: Terms<S>>(self, simd: S, terms: T) -> Self::Output;
+}
+
+/// Runs `kernel` for `numbers` on `isa`, which has them.
+pub(super) fn dispatch_terms<K: TermsKernel>(isa: Isa, numbers: Numbers, kernel: K) -> K::Output {
+    match numbers {
+        Numbers::Fp32 => dispatch(isa, InFp32(kernel)),
+        #[cfg(target_arch = "x86_64")]
+        Numbers::Bf16 => {
+            assert!(Isa::Avx512Bf16.is_available());
+            // SAFETY: as just asserted.
+            unsafe { on_avx512_bf16(kernel) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        Numbers::Bf16 => unreachable!("no instruction set here multiplies bf16"),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn on_avx512_bf16<K: TermsKernel>(kernel: K) -> K::Output {
+    // SAFETY: this function is compiled for the instructions, and called only where they were detected.
+    let (simd, pairs) = unsafe { (Avx512::new(), bf16_dots::Pairs::new()) };
+    kernel.run(simd, pairs)
+}
+
+/// A kernel in fp32 as one of the instruction set alone.
+struct InFp32<K>(K);
+
+impl<K: TermsKernel> Kernel for InFp32<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> K::Output {
+        self.0.run(simd, Singles)
+    }
+}
