@@ -275,6 +275,7 @@ def cuda_linear_int8(
     side: _Buffer | None,
     bias: _Floats | None,
     out: _Floats,
+    workspace: tuple[_Buffer, _Buffer] | None,
     stream: int,
 ) -> None: ...
 def cuda_rounded_from(weight: CudaWeight, is_choosy: bool) -> int: ...

@@ -52,6 +52,7 @@ struct Batch {
 
   __device__ __forceinline__ void run() {
     if (blockDim.x != Shape::kThreads) __trap();
+    allow_next_kernel();
     const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
     if (threadIdx.x < operands.stages) {
       init_barrier(ring.barriers + threadIdx.x * 16, kArrivals);
@@ -59,6 +60,9 @@ struct Batch {
       publish_to_products();  // to the copy engine, too
     }
     __syncthreads();
+    // Nothing but parameters is read before this, so that the launch may always be a dependent one.
+    wait_for_previous_kernel();
+    if (operands.gate != nullptr && __ldcg(operands.gate) <= operands.gate_above) return;
     if (begin == end) return;
     if (warp < kConsumers / 32) {
       share_registers(true);

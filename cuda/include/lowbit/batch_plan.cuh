@@ -46,6 +46,7 @@ struct BatchOperands {
   void* out;           // [tokens, rows] of T
   float* partials;     // two tiles of [kTokens][kRows] for every CTA, where tiles are shared
   uint32_t* arrivals;  // a counter for each tile: 0, and 0 again when the kernel is done
+  const int32_t* gate; // unless null, nothing is done where what it has is not above `gate_above`
   uint32_t x_stride;
   int32_t tokens;
   Dtype bias_dtype;
@@ -56,8 +57,9 @@ struct BatchOperands {
   int32_t stages;      // of the ring in shared memory
   int32_t log_blocks;  // log2 of the blocks of scales of a row in a step
   int32_t stage_bytes;
+  int32_t gate_above;
 };
-static_assert(sizeof(BatchOperands) == 80, "as the host lays it out");
+static_assert(sizeof(BatchOperands) == 96, "as the host lays it out");
 
 // For the copy engine of compute capability 9.0: x in boxes of kTokens tokens and a panel, swizzled by 128 bytes, and codes in
 // boxes of kRows rows and the bytes of a step, swizzled by as many bytes. What is outside reads as 0.

@@ -7,8 +7,9 @@
 //
 // Columns of outliers: sums in int32 become fp32 and meet the scale of their row; then what x is beyond its codes, in
 // 16 bits, times the codes of the weight is added by the same units. Most come through the ring as well, from where
-// `int8_gather` put them side by side; what that has no room for is gathered here, 64 bytes at a time. The scale of a
-// weight's row and the bias follow, in fp32, and the one rounding.
+// `int8_gather` put them side by side; what that has no room for is gathered here, 64 bytes at a time, unless the host has
+// linear_batch multiply all of x as it is then. The scale of a weight's row and the bias follow, in fp32, and the one
+// rounding.
 #pragma once
 
 #include "int8_rows.cuh"
@@ -41,8 +42,9 @@ struct ProductOperands {
   Dtype weight_scale_dtype;
   Dtype bias_dtype;
   int32_t is_aligned;  // whether rows of `out` begin where 16 bytes may be stored
+  int32_t most_outliers;  // with more columns of them nothing is done: another kernel multiplies
 };
-static_assert(sizeof(ProductOperands) == 104, "as ProductOperands of int8.rs");
+static_assert(sizeof(ProductOperands) == 112, "as ProductOperands of int8.rs");
 
 constexpr int kProductThreads = 3 * 128;
 constexpr int kTileTokens = 128;
@@ -96,6 +98,7 @@ class Product {
     __syncthreads();
     wait_for_previous_kernel();
     const int all = o_.outliers == nullptr ? 0 : *Outliers{o_.outliers, Outliers::words_of(o_.cols)}.count();
+    if (all > o_.most_outliers) return;
     in_side_ = min(all, kSideCapacity / kParts);
     side_steps_ = (in_side_ * kParts + kStageColumns - 1) / kStageColumns;
     outliers_ = all - in_side_;

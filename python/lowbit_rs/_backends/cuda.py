@@ -182,13 +182,22 @@ def linear_batch(weight: CudaWeight, x: Tensor, bias: Tensor | None, sizes: tupl
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
     bias, addend = column(bias)
-    partials = x.new_empty(sizes[0], dtype=torch.float32)
-    arrivals = counters(x.device, sizes[1])
+    workspace = batch_workspace(x, sizes)
     values = floats(x)
     result = (out.data_ptr(), tokens * weight.rows, values[2])
-    parts = (partials.data_ptr(), sizes[0]), (arrivals.data_ptr(), sizes[1])
+    parts = buffers_of(*workspace)
     _native.cuda_linear_batch(weight, values, tokens, row_stride, addend, result, *parts, _stream(weight.device))
     return out
+
+
+def batch_workspace(x: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Memory for ``linear_batch``: float32 for sums, and int32 counters, which are 0."""
+    return x.new_empty(sizes[0], dtype=torch.float32), counters(x.device, sizes[1])
+
+
+def buffers_of(first: Tensor, second: Tensor) -> tuple[Buffer, Buffer]:
+    """Two tensors as the native module takes them."""
+    return (first.data_ptr(), first.numel()), (second.data_ptr(), second.numel())
 
 
 def rounded_from(weight: CudaWeight, activation: str, dtype: torch.dtype) -> int | None:  # noqa: ARG001
@@ -262,17 +271,24 @@ def shared_rows(x: Tensor, threshold: float, rows: Int8Rows | None) -> SharedRow
 
 
 def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` with x [..., K] in int8 as ``rows`` has it, but for columns of outliers."""
+    """``x @ W.T + bias`` with x [..., K] in int8 as ``rows`` has it, but for columns of outliers.
+
+    With more of these than ``CUDA_SIDE_NUMBERS`` x is multiplied as it is, where a kernel does that; the device decides.
+    """
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
-    side = None
+    side = workspace = None
+    values = floats(x)
     if rows.outliers is not None:
+        sizes = _native.cuda_batch_sizes(weight, values, tokens, row_stride, True)
+        workspace = None if sizes is None else batch_workspace(x, sizes)
         side = torch.empty((tokens + weight.rows, CUDA_SIDE_NUMBERS), dtype=torch.int16, device=x.device)
     beside = None if side is None else (side.data_ptr(), side.numel())
     bias, addend = column(bias)
     result = (out.data_ptr(), tokens * weight.rows, dtype_name(x.dtype))
     stream = _stream(weight.device)
-    _native.cuda_linear_int8(weight, floats(x), tokens, row_stride, rows.buffers(), beside, addend, result, stream)
+    parts = beside, addend, result, None if workspace is None else buffers_of(*workspace)
+    _native.cuda_linear_int8(weight, values, tokens, row_stride, rows.buffers(), *parts, stream)
     return out
 
 

@@ -257,9 +257,10 @@ fn cuda_round_rows(
     })
 }
 
-/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias` with x in int8 as `rows` has it, but for columns of outliers.
+/// `out[tokens, rows] = x[tokens, cols] @ weight.T + bias` with x in int8 as `rows` has it, but for columns of outliers. With
+/// a `workspace`, as `cuda_linear_batch` has it, x is multiplied as it is where there are too many of them.
 #[pyfunction]
-#[pyo3(signature = (weight, x, tokens, x_row_stride, rows, side, bias, out, stream))]
+#[pyo3(signature = (weight, x, tokens, x_row_stride, rows, side, bias, out, workspace, stream))]
 #[allow(clippy::too_many_arguments)] // four tensors with their strides
 fn cuda_linear_int8(
     py: Python<'_>,
@@ -271,14 +272,17 @@ fn cuda_linear_int8(
     side: Option<Buffer>,
     bias: Option<FloatBuffer>,
     out: FloatBuffer,
+    workspace: Option<(Buffer, Buffer)>,
     stream: usize,
 ) -> PyResult<()> {
     run(py, || {
         let x = DeviceActivations { values: floats("x", &x)?, tokens, stride: x_row_stride };
         let bias = optional_floats("bias", bias.as_ref())?;
+        let workspace = workspace
+            .map(|(partials, arrivals)| BatchWorkspace { partials: buffer(partials), arrivals: buffer(arrivals) });
         let (rows, side, out) = (device_rows(rows), side.map(buffer), floats("out", &out)?);
         // SAFETY: as for `cuda_dequantize`.
-        unsafe { cuda::linear_int8(weight.queue(stream)?, &weight.weight, (x, rows), side, bias, out) }
+        unsafe { cuda::linear_int8(weight.queue(stream)?, &weight.weight, (x, rows), side, bias, out, workspace) }
     })
 }
 

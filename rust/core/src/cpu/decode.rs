@@ -148,8 +148,10 @@ impl DecodeRows<'_> {
             for groups in parallel::ranges(row_dot.groups, groups_at_once) {
                 // Where a row is worked on in pieces, what comes next is the same piece of the rows below.
                 let piece = groups.len() * 4 * S::LANES;
-                let ahead = ahead
-                    .map(|bytes| if groups.len() == row_dot.groups { bytes } else { bytes.div_ceil(piece) * row_bytes });
+                let ahead =
+                    ahead.map(
+                        |bytes| if groups.len() == row_dot.groups { bytes } else { bytes.div_ceil(piece) * row_bytes },
+                    );
                 for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
                     // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
                     let bytes = &weight.codes()[(first + row) * row_bytes..];
@@ -259,12 +261,11 @@ impl<'a, S: Simd, D: Dot<S>> RowDot<'a, S, D> {
             let partial = self.partial::<TOKENS>(words, at, part);
             for (token, (sum, partial)) in sums.iter_mut().zip(partial).enumerate() {
                 let partial = dot.to_f32(simd, partial);
-                let partial =
-                    if D::ARITHMETIC.is_integer() {
-                        simd.mul(partial, self.side(&self.x.scales, token, at, part))
-                    } else {
-                        partial
-                    };
+                let partial = if D::ARITHMETIC.is_integer() {
+                    simd.mul(partial, self.side(&self.x.scales, token, at, part))
+                } else {
+                    partial
+                };
                 *sum = simd.fma(partial, scale, *sum);
             }
         }

@@ -53,7 +53,7 @@ const SHARING: [f64; 2] = [2500.0, 60.0];
 const PART_BYTES: f64 = (128 << 20) as f64;
 const UNPACKING: f64 = 1000.0;
 const UNPACKED_BYTES: f64 = 1900.0;
-const PRODUCT: f64 = 3000.0;
+const PRODUCT: f64 = 6000.0;
 const PRODUCT_BYTES: f64 = 3900.0;
 const PRODUCT_OPERATIONS: f64 = 780_000.0;
 
@@ -171,7 +171,7 @@ impl Kernel {
             grid: [grid as u32, 1],
             threads: THREADS[way],
             shared_bytes: (TABLE_BYTES + stages * (stage + BARRIER_BYTES)) as u32,
-            is_dependent: false,
+            is_dependent: capability.compute >= WGMMA,
             share: Share::default(),
         };
         let share = BatchShare {

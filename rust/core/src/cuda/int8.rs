@@ -9,10 +9,12 @@ use super::driver::check;
 use super::int8_plan::{BOX_BYTES, TILE_TOKENS, gather, pays_from, product, rounding};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::DeviceActivations;
+use super::linear_batch::{BatchWorkspace, Gate, linear_batch_behind};
 use super::plan::Capability;
 use super::tensor_map::{Fetch, Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
+use crate::dtype::Dtype;
 use crate::format::{BlockSize, Format};
 use crate::{Error, Result};
 
@@ -152,9 +154,10 @@ struct ProductOperands {
     weight_scale_dtype: i32,
     bias_dtype: i32,
     is_aligned: i32,
+    most_outliers: i32,
 }
 
-const _: () = assert!(size_of::<ProductOperands>() == 104, "as int8_product.cuh has it");
+const _: () = assert!(size_of::<ProductOperands>() == 112, "as int8_product.cuh has it");
 
 // SAFETY: `repr(C)`, the fields of the kernel's `ProductOperands` in their order.
 unsafe impl Argument for ProductOperands {}
@@ -241,9 +244,12 @@ pub fn rounded_from(device: usize, weight: &DeviceWeight, is_choosy: bool) -> Re
 /// are taken from `x`. Summed in int32 and fp32, and rounded once to the dtype of `out`, which is that of `x`. With
 /// outliers, `side` has [`SIDE_NUMBERS`] int16 for each token and each row of the weight.
 ///
+/// More columns of outliers than `side` has room for are slow. With a `workspace` of [`batch_sizes`](super::batch_sizes)
+/// x is multiplied as it is then, which the device decides.
+///
 /// # Safety
-/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` and `side`
-/// meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
+/// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out`, `side` and
+/// `workspace` meanwhile. `rows` is what [`round_rows`] made of `x`, or as good.
 pub unsafe fn linear_int8(
     queue: Queue,
     weight: &DeviceWeight,
@@ -251,6 +257,7 @@ pub unsafe fn linear_int8(
     side: Option<DeviceBuffer>,
     bias: Option<DeviceFloats>,
     out: DeviceFloats,
+    workspace: Option<BatchWorkspace>,
 ) -> Result<()> {
     check_product(queue, weight, &x, &rows, side, bias, out)?;
     let layout = weight.layout();
@@ -268,10 +275,26 @@ pub unsafe fn linear_int8(
     }
     let (plan, box_rows) = product(out.dtype, layout, x.tokens, queue.device.capability());
     let maps = product_maps(weight, x.tokens, &rows, side, box_rows)?;
-    let operands = product_operands(weight, &x, &rows, bias, out);
+    let behind = rows.outliers.zip(workspace).map(|(outliers, workspace)| (count_of(outliers, layout.cols), workspace));
+    let most_outliers = if behind.is_some() { SIDE_NUMBERS as i32 / parts(x.values.dtype) } else { i32::MAX };
+    let operands = ProductOperands { most_outliers, ..product_operands(weight, &x, &rows, bias, out) };
     let arguments = Arguments::new().with(&maps).with(&operands);
     // SAFETY: the parameters of the kernels of `cuda/linear_int8.cu`; lengths were checked, the rest is the caller's.
-    unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols]) }
+    unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols])? };
+    let Some((address, workspace)) = behind else { return Ok(()) };
+    let gate = Gate { address, above: most_outliers };
+    // SAFETY: handed on to the caller.
+    unsafe { linear_batch_behind(queue, weight, x, bias, out, workspace, Some(gate)) }
+}
+
+/// Numbers of 16 bits that an outlier becomes: `kParts` of `int8_rows.cuh`.
+fn parts(dtype: Dtype) -> i32 {
+    if dtype == Dtype::Float32 { 2 } else { 1 }
+}
+
+/// Where the number of columns of outliers lies.
+fn count_of(outliers: DeviceBuffer, cols: usize) -> u64 {
+    outliers.address + (4 * flag_words(cols)) as u64
 }
 
 fn check_product(
@@ -379,5 +402,6 @@ fn product_operands(
         weight_scale_dtype: number(weight.spec().scale_dtype),
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
         is_aligned: (row_bytes.is_multiple_of(16) && out.buffer.address.is_multiple_of(16)).into(),
+        most_outliers: i32::MAX,
     }
 }

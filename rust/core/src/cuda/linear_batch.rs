@@ -28,13 +28,15 @@ struct Operands {
     out: Pointer,
     partials: Pointer,
     arrivals: Pointer,
+    gate: Pointer,
     x_stride: u32,
     tokens: i32,
     bias_dtype: i32,
     share: BatchShare,
+    gate_above: i32,
 }
 
-const _: () = assert!(size_of::<Operands>() == 80, "as batch_plan.cuh has it");
+const _: () = assert!(size_of::<Operands>() == 96, "as batch_plan.cuh has it");
 
 // SAFETY: `repr(C)`, the fields of `BatchOperands` in `batch_plan.cuh`.
 unsafe impl Argument for Operands {}
@@ -104,6 +106,32 @@ pub unsafe fn linear_batch(
     out: DeviceFloats,
     workspace: BatchWorkspace,
 ) -> Result<()> {
+    // SAFETY: handed on to the caller.
+    unsafe { linear_batch_behind(queue, weight, x, bias, out, workspace, None) }
+}
+
+/// What decides on the device whether a product is wanted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gate {
+    /// The address of an int32 that work before on the queue has written.
+    pub(super) address: u64,
+    /// The product is done where that is above this.
+    pub(super) above: i32,
+}
+
+/// As [`linear_batch`], which does nothing where a gate is closed.
+///
+/// # Safety
+/// As there; what the gate is decided by is in memory of the queue's device, too.
+pub(super) unsafe fn linear_batch_behind(
+    queue: Queue,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+    workspace: BatchWorkspace,
+    gate: Option<Gate>,
+) -> Result<()> {
     let layout = weight.layout();
     x.check(layout.cols, layout.rows, bias, out)?;
     if x.tokens == 0 || layout.rows == 0 {
@@ -121,17 +149,21 @@ pub unsafe fn linear_batch(
             return Err(Error::invalid(name, format!("{} elements", buffer.len), format!("{needed}")));
         }
     }
+    // The kernel waits for all before it but to make itself ready: it may always start early.
+    let queue = Queue { may_overlap: true, ..queue };
     let operands = Operands {
         x: Pointer(x.values.buffer.address),
         bias: Pointer(bias.map_or(0, |bias| bias.buffer.address)),
         out: Pointer(out.buffer.address),
         partials: Pointer(workspace.partials.address),
         arrivals: Pointer(workspace.arrivals.address),
+        gate: Pointer(gate.map_or(0, |gate| gate.address)),
         x_stride: u32::try_from(x.stride)
             .map_err(|_| Error::invalid("x", format!("rows {} apart", x.stride), "fewer"))?,
         tokens: x.tokens as i32,
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
         share,
+        gate_above: gate.map_or(0, |gate| gate.above),
     };
     let maps = Maps::new(weight, &x, boxes)?;
     let arguments = Arguments::new().with(weight.kernel()).with(&operands).with(&maps);

@@ -34,13 +34,6 @@ impl Pairs {
         // SAFETY: handed on to the caller.
         Self(unsafe { Avx512::new() })
     }
-
-    /// `sum + a . b` for every lane of two numbers.
-    #[inline(always)]
-    fn dot(self, sum: __m512, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: a value of `Pairs` exists, so the instruction does; vectors are bits.
-        unsafe { _mm512_dpbf16_ps(sum, as_pairs(a), as_pairs(b)) }
-    }
 }
 
 /// 4-bit codes in bf16: the table is the codebook, rounded.
@@ -78,7 +71,7 @@ impl Dot<Avx512> for Nibbles {
 
     #[inline(always)]
     fn dot(self, _simd: Avx512, sum: __m512, operand: __m512, x: __m512) -> __m512 {
-        self.pairs.dot(sum, operand, x)
+        dot(self.pairs, sum, operand, x)
     }
 
     #[inline(always)]
@@ -92,7 +85,7 @@ impl Terms<Avx512> for Pairs {
 
     #[inline(always)]
     fn multiply_add(self, _simd: Avx512, a: __m512, b: __m512, sum: __m512) -> __m512 {
-        self.dot(sum, a, b)
+        dot(self, sum, a, b)
     }
 
     #[inline(always)]
@@ -126,6 +119,13 @@ const SIDE_BY_SIDE: [u16; 32] = {
     }
     index
 };
+
+/// `sum + a . b` for every lane of two numbers.
+#[inline(always)]
+fn dot(_: Pairs, sum: __m512, a: __m512, b: __m512) -> __m512 {
+    // SAFETY: a value of `Pairs` exists, so the instruction does; vectors are bits.
+    unsafe { _mm512_dpbf16_ps(sum, as_pairs(a), as_pairs(b)) }
+}
 
 #[inline(always)]
 fn as_pairs(v: __m512) -> __m512bh {
