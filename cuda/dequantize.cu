@@ -21,20 +21,22 @@ struct Window {
   int64_t cols;
 };
 
-// 8 codes of `bits` bits each as one load.
+// 8 codes of kBits each as one load.
+template <int kBits>
 struct Codes {
   uint2 words;
+
+  // `at` counts in codes.
+  __device__ __forceinline__ void load(const uint8_t* codes, uint32_t at) {
+    if constexpr (kBits == 8) words = __ldg(reinterpret_cast<const uint2*>(codes + at));
+    else words.x = __ldg(reinterpret_cast<const uint32_t*>(codes + at / 2));
+  }
+
+  __device__ __forceinline__ float decode(const float* table, int i) const {
+    if constexpr (kBits == 8) return static_cast<float>(signed_byte(i < 4 ? words.x : words.y, i % 4));
+    else return table[nibble(words.x, i)];
+  }
 };
-
-__device__ __forceinline__ Codes load_codes(const Weight& w, int64_t index) {
-  if (w.bits == 8) return {*reinterpret_cast<const uint2*>(w.codes + index)};
-  return {make_uint2(*reinterpret_cast<const uint32_t*>(w.codes + index / 2), 0)};
-}
-
-__device__ __forceinline__ float decode(const Weight& w, const float* table, const Codes& codes, int i) {
-  if (w.bits == 8) return static_cast<float>(signed_byte(i < 4 ? codes.words.x : codes.words.y, i % 4));
-  return table[nibble(codes.words.x, i)];
-}
 
 template <typename T>
 __device__ __forceinline__ void store_vector(T* out, const float (&values)[kVector]) {
@@ -48,82 +50,107 @@ __device__ __forceinline__ void store_vector(T* out, const float (&values)[kVect
   }
 }
 
-// A position in the window: of a vector, of its codes and of its block.
-struct Place {
-  int64_t out;
-  int64_t code;
-  int64_t block;
-};
+// Where the vectors of a CTA lie. What they have in common is counted in 64 bits, once; the rest fits in 32.
+//
+// A window whose weights, codes and blocks are all consecutive is passed as a single row. In others a row may end
+// anywhere, but not within a vector or a block.
+template <bool kIsFlat>
+struct Places {
+  const Weight& w;
+  const Window& window;
+  int64_t first;            // vector of the window
+  int64_t code, block;      // of the first vector, where all are consecutive
+  uint32_t code_in_block;
 
-// The host sees to it that a vector lies in one row and one block; it passes a window whose weights, codes and blocks
-// are all consecutive as a single row, which takes no division.
-__device__ __forceinline__ Place place_of(const Weight& w, const Window& window, int64_t vector) {
-  int64_t row = 0;
-  if (window.rows > 1) {
-    const int64_t per_row = window.cols / kVector;
-    row = (vector >> 31) == 0 ? static_cast<uint32_t>(vector) / static_cast<uint32_t>(per_row) : vector / per_row;
-    vector -= row * per_row;
+  __device__ __forceinline__ Places(const Weight& w_, const Window& window_)
+      : w(w_), window(window_), first(static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll) {
+    if constexpr (kIsFlat) {
+      code = window.first_row * w.row_codes + window.first_col + first * kVector;
+      block = divided_by_block_size(w, code);
+      code_in_block = static_cast<uint32_t>(code - block * w.block_size);
+    }
   }
-  const int64_t col = window.first_col + vector * kVector;
-  const int64_t code = (window.first_row + row) * w.row_codes + col;
-  const bool is_flat = w.straddles_rows || w.blocks_per_row * w.block_size == w.row_codes;
-  const int64_t block = is_flat ? divided_by_block_size(w, code) : block_of(w, window.first_row + row, col);
-  return {row * window.cols + vector * kVector, code, block};
-}
+
+  // The codes and the block of vector `i` of the CTA.
+  template <int kBits>
+  __device__ __forceinline__ int64_t find(uint32_t i, Codes<kBits>& codes) const {
+    if constexpr (kIsFlat) {
+      codes.load(w.codes + code * kBits / 8, i * kVector);
+      const uint32_t in_block = code_in_block + i * kVector;
+      return block + (w.block_shift >= 0 ? in_block >> w.block_shift : in_block / static_cast<uint32_t>(w.block_size));
+    } else {
+      const int64_t per_row = window.cols / kVector, vector = first + i;
+      const int64_t row = (vector >> 31) == 0 ? static_cast<uint32_t>(vector) / static_cast<uint32_t>(per_row)
+                                              : vector / per_row;
+      const int64_t col = window.first_col + (vector - row * per_row) * kVector;
+      const int64_t at = (window.first_row + row) * w.row_codes + col;
+      codes.load(w.codes + at * kBits / 8, 0);
+      return block_of(w, window.first_row + row, col);
+    }
+  }
+};
 
 // For windows of whole vectors, but for the end of a single row. Codes and `out` are aligned to vectors. All loads of a
 // thread's vectors are on their way before the first is waited for; those that depend on another follow together.
-template <typename T, bool kDoubleQuant>
-__device__ void dequantize_vectors(const Weight& w, const Window& window, T* out, const float* table) {
-  const int64_t count = window.rows * window.cols;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
-  Codes codes[kUnroll];
-  Place places[kUnroll];
+template <typename T, int kBits, bool kDoubleQuant, bool kIsFlat>
+__device__ __forceinline__ void dequantize_vectors(const Weight& w, const Window& window, T* out, const float* table) {
+  const Places<kIsFlat> places(w, window);
+  const int64_t left = window.rows * window.cols - places.first * kVector;
+  const uint32_t whole = static_cast<uint32_t>(min(left / kVector, static_cast<int64_t>(kThreads * kUnroll)));
+  out += places.first * kVector;
+  Codes<kBits> codes[kUnroll];
   float scales[kUnroll], shifts[kUnroll], scales_2[kUnroll];
   int scale_codes[kUnroll];
-  int64_t left[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t vector = first + u * kThreads;
-    left[u] = count - vector * kVector;
-    if (left[u] >= kVector) {
-      places[u] = place_of(w, window, vector);
-      codes[u] = load_codes(w, places[u].code);
-      if constexpr (kDoubleQuant) {
-        scale_codes[u] = static_cast<const uint8_t*>(w.scales)[places[u].block];
-        scales_2[u] = w.scale_2[places[u].block / kScalesPerScale2];
-      } else {
-        scales[u] = load(w.scales, w.scale_dtype, places[u].block);
-      }
-      shifts[u] = w.shifts == nullptr ? 0.0f : shift_of(w, places[u].block);
+    const uint32_t i = threadIdx.x + u * kThreads;
+    if (i >= whole) break;
+    const int64_t block = places.find(i, codes[u]);
+    if constexpr (kDoubleQuant) {
+      scale_codes[u] = static_cast<const uint8_t*>(w.scales)[block];
+      scales_2[u] = w.scale_2[block / kScalesPerScale2];
+    } else {
+      scales[u] = load(w.scales, w.scale_dtype, block);
     }
+    shifts[u] = w.shifts == nullptr ? 0.0f : shift_of(w, block);
   }
   if constexpr (kDoubleQuant) {
     const float offset = *w.scale_offset;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (left[u] >= kVector) {
-        scales[u] = __fadd_rn(__fmul_rn(lowbit_dynamic_map[scale_codes[u]], scales_2[u]), offset);
-      }
+      if (threadIdx.x + u * kThreads >= whole) break;
+      scales[u] = __fadd_rn(__fmul_rn(lowbit_dynamic_map[scale_codes[u]], scales_2[u]), offset);
     }
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    if (left[u] >= kVector) {
-      float values[kVector];
+    const uint32_t i = threadIdx.x + u * kThreads;
+    if (i >= whole) break;
+    float values[kVector];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const float value = decode(w, table, codes[u], i);
-        values[i] = w.shifts == nullptr ? __fmul_rn(value, scales[u]) : __fmaf_rn(value, scales[u], shifts[u]);
-      }
-      store_vector(out + places[u].out, values);
-    } else if (left[u] > 0) {
-      const int64_t at = count - left[u];
-      for (int64_t i = at; i < count; ++i) {
-        const int64_t index = window.first_row * w.row_codes + window.first_col + i;
-        out[i] = from_float<T>(weight_at(w, table, index / w.row_codes, index % w.row_codes));
-      }
+    for (int k = 0; k < kVector; ++k) {
+      const float value = codes[u].decode(table, k);
+      values[k] = w.shifts == nullptr ? __fmul_rn(value, scales[u]) : __fmaf_rn(value, scales[u], shifts[u]);
     }
+    store_vector(out + i * kVector, values);
+  }
+  // What is behind the last vector.
+  const int64_t rest = whole * kVector + threadIdx.x;
+  if (threadIdx.x < kVector && whole < kThreads * kUnroll && rest < left) {
+    const int64_t index = window.first_row * w.row_codes + window.first_col + places.first * kVector + rest;
+    out[rest] = from_float<T>(weight_at(w, table, index / w.row_codes, index % w.row_codes));
+  }
+}
+
+template <typename T, int kBits>
+__device__ __forceinline__ void dequantize_any_vectors(const Weight& w, const Window& window, T* out, const float* table) {
+  const bool is_flat = window.rows == 1 && (w.straddles_rows || w.blocks_per_row * w.block_size == w.row_codes);
+  if (w.scale_2 == nullptr) {
+    if (is_flat) dequantize_vectors<T, kBits, false, true>(w, window, out, table);
+    else dequantize_vectors<T, kBits, false, false>(w, window, out, table);
+  } else {
+    if (is_flat) dequantize_vectors<T, kBits, true, true>(w, window, out, table);
+    else dequantize_vectors<T, kBits, true, false>(w, window, out, table);
   }
 }
 
@@ -162,8 +189,8 @@ __device__ void dequantize_rows(const Weight& w, const int64_t* rows, int64_t co
                                 T* out) {                                                                             \
     __shared__ float table[lowbit::kCodebookLength];                                                                  \
     lowbit::load_codebook(w, table);                                                                                  \
-    if (w.scale_2 == nullptr) lowbit::dequantize_vectors<T, false>(w, part, out, table);                              \
-    else lowbit::dequantize_vectors<T, true>(w, part, out, table);                                                    \
+    if (w.bits == 4) lowbit::dequantize_any_vectors<T, 4>(w, part, out, table);                                       \
+    else lowbit::dequantize_any_vectors<T, 8>(w, part, out, table);                                                   \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(lowbit::kThreads)                                                      \
       dequantize_elements_##name(const __grid_constant__ lowbit::Weight w,                                            \

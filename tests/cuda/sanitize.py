@@ -64,7 +64,7 @@ def _int8() -> None:
         if torch.cuda.get_device_capability() != (9, 0):
             return
         packed = lowbit_rs.quantize(torch.randn(rows, cols), "int8", "row")
-        for outliers, threshold in ((0, 0.0), (3, 6.0), (min(cols // 2, 300), 6.0)):
+        for outliers, threshold in ((0, 0.0), (3, 6.0), (min(3 * cols // 4, 300), 6.0)):
             x = torch.randn(150, cols).clamp(-4, 4)
             x[::3, :outliers] = 50.0
             x = x.to(dtype).cuda()

@@ -150,8 +150,15 @@ impl Call<'_> {
     }
 
     fn multiply_codes(&self, x: &Activations<'_>, codes: Codes<'_>, finish: &Finish<'_>) {
+        let path = self.path(self.format, x, x.tokens);
+        if let Path::Panel(numbers) = path {
+            let source = panel::Source { x, rounded: Some(codes) };
+            let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, source, self.threads);
+            product.run(self.threads, finish);
+            return;
+        }
         #[cfg(target_arch = "x86_64")]
-        if let Path::Tiles(amx::Numbers::Int8) = self.path(self.format, x, x.tokens) {
+        if let Path::Tiles(amx::Numbers::Int8) = path {
             let numbers = amx::Numbers::Int8;
             let product = amx::Product::new(self.weight, self.direction, numbers, x, Some(codes), self.threads);
             product.run(self.threads, finish);
@@ -168,7 +175,8 @@ impl Call<'_> {
     }
 
     fn panel<T: Element>(&self, numbers: panel::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, x, self.threads);
+        let source = panel::Source { x, rounded: None };
+        let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, source, self.threads);
         product.run(self.threads, &out.after(self.isa, first));
     }
 }

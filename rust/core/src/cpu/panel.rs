@@ -11,11 +11,10 @@ mod pack;
 use std::ops::Range;
 
 use fill::Filler;
-pub(super) use numbers::{Numbers, Terms};
+pub(super) use numbers::{Numbers, Source, Terms};
 use numbers::{TermsKernel, dispatch_terms};
 use pack::{Packed, tiles};
 
-use super::activations::Activations;
 use super::codes::with_codes;
 use super::isa::{Isa, Kernel, dispatch};
 use super::linear::Finish;
@@ -61,20 +60,27 @@ pub(super) struct Product<'a> {
     isa: Isa,
     numbers: Numbers,
     x: Packed,
+    /// What sums are multiplied with where both factors are codes: of each token and of each output.
+    scales: Option<[Vec<f32>; 2]>,
 }
 
 impl<'a> Product<'a> {
-    /// The product of `weight` and `x`, whose dtype is bf16 where `numbers` are.
+    /// The product of `weight` and activations that have `numbers`.
     pub(super) fn new(
         isa: Isa,
         numbers: Numbers,
         weight: &'a PackedWeight<'a>,
         direction: Direction,
-        x: &Activations<'_>,
+        source: Source<'_>,
         threads: usize,
     ) -> Self {
-        let (_, terms) = direction.outputs_and_terms(weight);
-        Self { weight, direction, isa, numbers, x: Packed::new(isa, numbers, x, terms, threads) }
+        let (outputs, terms) = direction.outputs_and_terms(weight);
+        let scales = source.rounded.filter(|_| numbers == Numbers::Int8).map(|rounded| {
+            let of_outputs = (0..outputs).map(|row| weight.scale(row)).collect();
+            [rounded.scales().to_vec(), of_outputs]
+        });
+        let x = Packed::new(isa, numbers, source, terms, threads);
+        Self { weight, direction, isa, numbers, x, scales }
     }
 
     /// Computes the product and hands it over, all tokens at once.
@@ -89,6 +95,13 @@ impl<'a> Product<'a> {
             let mut sums = vec![0.0; self.x.tokens * stride];
             let strip = Strip { product: self, outputs: range.clone(), sums: &mut sums, stride };
             dispatch_terms(self.isa, self.numbers, strip);
+            if let Some([of_tokens, of_outputs]) = &self.scales {
+                for (sums, x_scale) in sums.chunks_exact_mut(stride).zip(of_tokens) {
+                    for (sum, scale) in sums.iter_mut().zip(&of_outputs[range.clone()]) {
+                        *sum *= x_scale * scale;
+                    }
+                }
+            }
             finish(0..self.x.tokens, range, &sums, stride);
         });
     }
@@ -133,13 +146,15 @@ impl TermsKernel for Strip<'_> {
         let width = VECTORS * S::LANES;
         let (_, terms) = direction.outputs_and_terms(weight);
         let mut panels = vec![0.0; TERMS / T::PACK * self.stride];
+        let mut excess = vec![0.0; self.stride];
         let mut filler = Filler::new(weight, simd, numbers, self.outputs.len());
         for range in parallel::ranges(terms, TERMS) {
             let starts = (self.outputs.start..self.outputs.end).step_by(width);
-            for (first, panel) in starts.zip(panels.chunks_exact_mut(TERMS / T::PACK * width)) {
-                with_codes!(simd, weight, codes => filler.fill(codes, direction, &range, first, panel));
+            let panels_of = panels.chunks_exact_mut(TERMS / T::PACK * width).zip(excess.chunks_exact_mut(width));
+            for (first, (panel, excess)) in starts.zip(panels_of) {
+                with_codes!(simd, weight, codes => filler.fill(codes, direction, &range, first, panel, excess));
             }
-            self.multiply(simd, numbers, &panels, &range);
+            self.multiply(simd, numbers, (&panels, &excess), &range);
         }
     }
 }
@@ -147,14 +162,21 @@ impl TermsKernel for Strip<'_> {
 impl Strip<'_> {
     /// Adds the product of a range of terms to the sums, tile by tile.
     #[inline(always)]
-    fn multiply<S: Simd, T: Terms<S>>(&mut self, simd: S, numbers: T, panels: &[f32], terms: &Range<usize>) {
+    fn multiply<S: Simd, T: Terms<S>>(
+        &mut self,
+        simd: S,
+        numbers: T,
+        (panels, excess): (&[f32], &[f32]),
+        terms: &Range<usize>,
+    ) {
         let width = VECTORS * S::LANES;
         let lanes = terms.start / T::PACK..terms.end.div_ceil(T::PACK);
         for tokens in tiles(self.product.x.tokens, S::TILE_TOKENS) {
             let x = self.product.x.tile(&tokens, &lanes);
             for (index, panel) in panels.chunks_exact(TERMS / T::PACK * width).enumerate() {
                 let sums = &mut self.sums[tokens.start * self.stride + index * width..];
-                let tile = Tile { x, panel: &panel[..lanes.len() * width], sums, stride: self.stride };
+                let (panel, excess) = (&panel[..lanes.len() * width], &excess[index * width..][..width]);
+                let tile = Tile { x, panel, excess, sums, stride: self.stride };
                 match tokens.len() {
                     8 => tile.run::<S, T, 8>(simd, numbers),
                     4 => tile.run::<S, T, 4>(simd, numbers),
@@ -172,6 +194,8 @@ struct Tile<'a> {
     x: &'a [u32],
     /// `[lanes][VECTORS * LANES]`.
     panel: &'a [f32],
+    /// `[VECTORS * LANES]`.
+    excess: &'a [f32],
     sums: &'a mut [f32],
     stride: usize,
 }
@@ -181,6 +205,7 @@ impl Tile<'_> {
     fn run<S: Simd, T: Terms<S>, const TOKENS: usize>(self, simd: S, numbers: T) {
         let width = VECTORS * S::LANES;
         let lanes = self.panel.len() / width;
+        assert!(self.excess.len() >= width);
         assert!(self.x.len() >= lanes * TOKENS && self.sums.len() >= (TOKENS - 1) * self.stride + width);
         let (x, panel, sums) = (self.x.as_ptr(), self.panel.as_ptr(), self.sums.as_mut_ptr());
         let mut tile = [[simd.splat(0.0); VECTORS]; TOKENS];
@@ -202,7 +227,8 @@ impl Tile<'_> {
                 // SAFETY: within the bounds asserted above.
                 unsafe {
                     let to = sums.add(token * self.stride + v * S::LANES);
-                    simd.store(to, simd.add(simd.load(to), sum));
+                    let excess = simd.load(self.excess.as_ptr().add(v * S::LANES));
+                    simd.store(to, simd.add(simd.load(to), numbers.to_f32(simd, sum, excess)));
                 }
             }
         }

@@ -82,6 +82,8 @@ struct Costs {
     panel: Cost,
     /// In bf16, decoding and panels; none where no instruction multiplies it, or slowly.
     bf16: Option<[Cost; 2]>,
+    /// Panels of codes of int8; none where no instruction multiplies them so.
+    int8_panel: Option<Cost>,
     /// One product of parts; none where there are no tiles.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     tiles: Option<Cost>,
@@ -111,6 +113,7 @@ const fn costs(isa: Isa) -> Costs {
             int8: cost(13.0, 4.9),
             panel: cost(57.0, 5.8),
             bf16: Some([cost(5.0, 4.2), cost(37.0, 3.05)]),
+            int8_panel: Some(cost(18.0, 1.7)),
             tiles,
         },
         Isa::Amx | Isa::Avx512Vnni => Costs {
@@ -119,6 +122,7 @@ const fn costs(isa: Isa) -> Costs {
             int8: cost(3.5, 3.0),
             panel: cost(30.0, 5.0),
             bf16: None,
+            int8_panel: Some(cost(18.0, 1.7)),
             tiles,
         },
         Isa::Avx512 => Costs {
@@ -127,6 +131,7 @@ const fn costs(isa: Isa) -> Costs {
             int8: cost(3.5, 6.0),
             panel: cost(30.0, 5.0),
             bf16: None,
+            int8_panel: None,
             tiles,
         },
         Isa::Avx2 | Isa::Neon | Isa::Scalar => Costs {
@@ -135,6 +140,7 @@ const fn costs(isa: Isa) -> Costs {
             int8: cost(6.0, 8.0),
             panel: cost(60.0, 9.0),
             bf16: None,
+            int8_panel: None,
             tiles,
         },
     }
@@ -145,7 +151,7 @@ impl Path {
     pub(super) fn is_int8(self) -> bool {
         match self {
             Self::Decode(arithmetic) => arithmetic == Arithmetic::Int8,
-            Self::Panel(_) => false,
+            Self::Panel(numbers) => numbers == panel::Numbers::Int8,
             #[cfg(target_arch = "x86_64")]
             Self::Tiles(numbers) => numbers == Numbers::Int8,
         }
@@ -209,6 +215,11 @@ fn fastest(
         if rounds {
             consider(Path::Decode(Arithmetic::Int8), decode(costs.int8));
         }
+    }
+    if let Some(cost) =
+        costs.int8_panel.filter(|_| rounds && direction == Direction::Forward && weight.is_int8_by_rows())
+    {
+        consider(Path::Panel(panel::Numbers::Int8), panel(cost));
     }
     if let Some([_, cost]) = in_bf16 {
         consider(Path::Panel(panel::Numbers::Bf16), panel(cost));

@@ -52,7 +52,7 @@ const SHARING: [f64; 2] = [2500.0, 60.0];
 /// time, bytes and operations a nanosecond. All on an H200.
 const PART_BYTES: f64 = (128 << 20) as f64;
 const UNPACKING: f64 = 1000.0;
-const UNPACKED_BYTES: f64 = 1900.0;
+const UNPACKED_BYTES: f64 = 2850.0;
 const PRODUCT: f64 = 6000.0;
 const PRODUCT_BYTES: f64 = 3900.0;
 const PRODUCT_OPERATIONS: f64 = 780_000.0;

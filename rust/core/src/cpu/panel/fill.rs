@@ -17,7 +17,7 @@ struct Chunk {
     first: usize,
 }
 
-/// Decodes parts of the weight into panels, `[terms / PACK][VECTORS * LANES]` lanes.
+/// Decodes parts of the weight into panels, `[terms / PACK][VECTORS * LANES]` lanes; codes themselves stay what they are.
 pub(super) struct Filler<'a, S: Simd, T> {
     weight: &'a PackedWeight<'a>,
     simd: S,
@@ -44,7 +44,7 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
         Self { weight, simd, terms, strip, blocks, decoded, columns, scales, shifts, rows }
     }
 
-    /// Fills a panel with `terms` of the outputs from `first` on.
+    /// Fills a panel with `terms` of the outputs from `first` on; `excess` is told what their sums are too large by.
     #[inline(always)]
     pub(super) fn fill<C: Codes<S>>(
         &mut self,
@@ -53,9 +53,11 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
         terms: &Range<usize>,
         first: usize,
         panel: &mut [f32],
+        excess: &mut [f32],
     ) {
         assert!(terms.len() <= TERMS && panel.len() >= TERMS / T::PACK * Self::WIDTH);
         match direction {
+            Direction::Forward if T::PACK == C::PER_WORD => self.fill_codes::<C>(terms, first, panel, excess),
             Direction::Forward => self.fill_forward(codes, terms, first, panel),
             Direction::Gradient => self.fill_gradient(codes, terms, first, panel),
         }
@@ -93,15 +95,7 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
         let next = self.next(terms);
         self.read_scales(first_block..(terms.end - 1) / layout.block_size + 1, next, &row);
         for start in (terms.start..terms.end).step_by(group) {
-            let mut words = [simd.splat(0.0); 16];
-            for (lane, word) in words[..S::LANES].iter_mut().enumerate() {
-                let bytes = &self.weight.codes()[row(lane) * layout.row_bytes()..][..layout.row_bytes()];
-                let bytes = &bytes[layout.bytes_of(start)..];
-                let ahead = next.rows * layout.row_bytes() + layout.bytes_of(next.first);
-                simd.prefetch(bytes.as_ptr().wrapping_add(ahead).wrapping_sub(layout.bytes_of(terms.start)));
-                *word = load_words(simd, bytes);
-            }
-            simd.transpose(&mut words[..S::LANES]);
+            let words = self.load_columns(start, terms, next, &row);
             let mut block = start / layout.block_size;
             let mut end = (block + 1) * layout.block_size;
             for (index, &words) in words[..S::LANES].iter().enumerate() {
@@ -124,6 +118,52 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
                     }
                 }
             }
+        }
+    }
+
+    /// Words of codes from column `start` on, a lane for each row, and asks for those of the next chunk.
+    #[inline(always)]
+    fn load_columns(
+        &self,
+        start: usize,
+        terms: &Range<usize>,
+        next: Chunk,
+        row: &impl Fn(usize) -> usize,
+    ) -> [S::Vector; 16] {
+        let (simd, layout) = (self.simd, self.weight.layout());
+        let ahead = next.rows * layout.row_bytes() + layout.bytes_of(next.first);
+        let mut words = [simd.splat(0.0); 16];
+        for (lane, word) in words[..S::LANES].iter_mut().enumerate() {
+            let bytes = &self.weight.codes()[row(lane) * layout.row_bytes()..][..layout.row_bytes()];
+            let bytes = &bytes[layout.bytes_of(start)..];
+            simd.prefetch(bytes.as_ptr().wrapping_add(ahead).wrapping_sub(layout.bytes_of(terms.start)));
+            *word = load_words(simd, bytes);
+        }
+        simd.transpose(&mut words[..S::LANES]);
+        words
+    }
+
+    /// Codes of rows of int8, transposed alone.
+    #[inline(always)]
+    fn fill_codes<C: Codes<S>>(&self, terms: &Range<usize>, first: usize, panel: &mut [f32], excess: &mut [f32]) {
+        let (simd, rows, next) = (self.simd, self.weight.layout().rows, self.next(terms));
+        for vector in 0..VECTORS {
+            let row = |lane: usize| (first + vector * S::LANES + lane).min(rows - 1);
+            let mut sum = simd.splat(0.0);
+            for start in (terms.start..terms.end).step_by(S::LANES * C::PER_WORD) {
+                let words = self.load_columns(start, terms, next, &row);
+                for (index, &words) in words[..S::LANES].iter().enumerate() {
+                    let lane = (start - terms.start) / C::PER_WORD + index;
+                    debug_assert!(lane < TERMS / C::PER_WORD);
+                    // SAFETY: a panel has room for whole groups of terms.
+                    unsafe {
+                        simd.store(panel.as_mut_ptr().add(lane * Self::WIDTH + vector * S::LANES), words);
+                    }
+                    sum = self.terms.excess(simd, sum, words);
+                }
+            }
+            // SAFETY: there is room for a vector of each panel's.
+            unsafe { simd.store(excess[vector * S::LANES..][..S::LANES].as_mut_ptr(), sum) };
         }
     }
 

@@ -3,8 +3,7 @@
 use std::ops::Range;
 
 use super::TERMS;
-use super::numbers::{Numbers, Terms, TermsKernel, dispatch_terms};
-use crate::cpu::activations::Activations;
+use super::numbers::{Numbers, Source, Terms, TermsKernel, dispatch_terms};
 use crate::cpu::aligned::Aligned;
 use crate::cpu::isa::Isa;
 use crate::cpu::parallel;
@@ -13,7 +12,7 @@ use crate::cpu::simd::Simd;
 /// Rows of activations, a few tokens of a tile at a time: a tile reads one piece of memory from its beginning to its end. Rows
 /// a power of two apart, as they lie in memory, would meet in the same few lines of the L1 cache.
 pub(super) struct Packed {
-    /// For each of [`tiles`] `[terms / PACK][tokens]`, zeros behind the last term.
+    /// For each of [`tiles`] `[terms / PACK][tokens]`.
     lanes: Aligned,
     /// Lanes of a token.
     width: usize,
@@ -32,10 +31,10 @@ pub(super) fn tiles(tokens: usize, most: usize) -> impl Iterator<Item = Range<us
 }
 
 impl Packed {
-    /// The first `terms` numbers of each row of `x`.
-    pub(super) fn new(isa: Isa, numbers: Numbers, x: &Activations<'_>, terms: usize, threads: usize) -> Self {
+    /// The first `terms` numbers of each row.
+    pub(super) fn new(isa: Isa, numbers: Numbers, source: Source<'_>, terms: usize, threads: usize) -> Self {
         let (most, pack) = dispatch_terms(isa, numbers, TileShape);
-        let (tokens, width) = (x.tokens, terms.div_ceil(pack));
+        let (tokens, width) = (source.x.tokens, terms.div_ceil(pack));
         let mut lanes = Aligned::zeros(tokens * width);
         let parts = lanes.chunks_mut((most * width).max(1)).enumerate().collect();
         parallel::for_each(threads, parts, |(index, lanes)| {
@@ -43,7 +42,7 @@ impl Packed {
             for tile in tiles((tokens - first).min(most), most) {
                 let lanes = &mut lanes[tile.start * width..tile.end * width];
                 let tokens = first + tile.start..first + tile.end;
-                dispatch_terms(isa, numbers, Pack { x, terms, tokens, lanes });
+                dispatch_terms(isa, numbers, Pack { source, terms, tokens, lanes });
             }
         });
         Self { lanes, width, tokens }
@@ -70,7 +69,7 @@ impl TermsKernel for TileShape {
 
 /// Packs a tile, `[lanes][tokens]`.
 struct Pack<'a> {
-    x: &'a Activations<'a>,
+    source: Source<'a>,
     terms: usize,
     tokens: Range<usize>,
     lanes: &'a mut [u32],
@@ -87,7 +86,7 @@ impl TermsKernel for Pack<'_> {
             let first = terms.start / T::PACK * count;
             let width = terms.len().div_ceil(T::PACK);
             for (token, row) in self.tokens.clone().zip(rows.chunks_exact_mut(TERMS / T::PACK)) {
-                numbers.read(simd, self.x, token, &terms, &mut row[..width]);
+                numbers.read(simd, self.source, token, &terms, &mut row[..width]);
             }
             transpose(simd, &rows, TERMS / T::PACK, &mut self.lanes[first..first + width * count]);
         }

@@ -14,9 +14,9 @@ use half::slice::HalfFloatSliceExt;
 use super::avx512::Avx512;
 use super::avx512_dots;
 use crate::codebook::LEN;
-use crate::cpu::activations::{Activations, as_slice_mut};
+use crate::cpu::activations::as_slice_mut;
 use crate::cpu::dot::{Arithmetic, Dot};
-use crate::cpu::panel::Terms;
+use crate::cpu::panel::{Source, Terms};
 use crate::cpu::simd::IntDot;
 use crate::dtype::Floats;
 
@@ -89,9 +89,11 @@ impl Terms<Avx512> for Pairs {
     }
 
     #[inline(always)]
-    fn read(self, _simd: Avx512, x: &Activations<'_>, token: usize, terms: &Range<usize>, lanes: &mut [u32]) {
-        let Floats::Bfloat16(values) = x.values else { unreachable!("other activations are multiplied in fp32") };
-        let numbers = &values[token * x.stride..][terms.clone()];
+    fn read(self, _simd: Avx512, source: Source<'_>, token: usize, terms: &Range<usize>, lanes: &mut [u32]) {
+        let Floats::Bfloat16(values) = source.x.values else {
+            unreachable!("other activations are multiplied in fp32")
+        };
+        let numbers = &values[token * source.x.stride..][terms.clone()];
         let halves = as_slice_mut::<u16>(lanes);
         let (halves, behind) = halves.split_at_mut(numbers.len());
         halves.copy_from_slice(numbers.reinterpret_cast());

@@ -2,13 +2,18 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_dpbusd_epi32, _mm512_set1_epi8, _mm512_xor_si512,
+    __m512, __m512i, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_dpbusd_epi32, _mm512_set1_epi8, _mm512_sub_epi32,
+    _mm512_xor_si512,
 };
+
+use std::ops::Range;
 
 use super::avx512::Avx512;
 use super::avx512_dots;
 use crate::codebook;
-use crate::cpu::simd::IntDot;
+use crate::cpu::activations::as_slice_mut;
+use crate::cpu::panel::{Source, Terms};
+use crate::cpu::simd::{IntDot, Simd};
 
 /// Exists where VNNI does beside what [`Avx512`] needs.
 #[derive(Clone, Copy)]
@@ -120,6 +125,43 @@ impl IntDot<Avx512> for Quads {
         let [sum, weights, x] = [sum, weights, x].map(as_ints);
         // SAFETY: a value of `Quads` exists, so the instruction does.
         as_vector(unsafe { _mm512_dpbusd_epi32(sum, weights, x) })
+    }
+}
+
+/// Activations are the unsigned side: they are 128 too large.
+impl Terms<Avx512> for Quads {
+    const PACK: usize = 4;
+
+    #[inline(always)]
+    fn multiply_add(self, _simd: Avx512, a: __m512, b: __m512, sum: __m512) -> __m512 {
+        let [sum, a, b] = [sum, a, b].map(as_ints);
+        // SAFETY: a value of `Quads` exists, so the instruction does.
+        as_vector(unsafe { _mm512_dpbusd_epi32(sum, a, b) })
+    }
+
+    #[inline(always)]
+    fn read(self, _simd: Avx512, source: Source<'_>, token: usize, terms: &Range<usize>, lanes: &mut [u32]) {
+        let Some(codes) = source.rounded else { unreachable!("activations are rounded before") };
+        for (byte, &code) in as_slice_mut::<u8>(lanes).iter_mut().zip(&codes.row(token)[terms.clone()]) {
+            *byte = (code ^ i8::MIN).cast_unsigned();
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, _simd: Avx512, _to: *mut f32, _next: usize, _terms: [__m512; 2]) {
+        unreachable!("codes are stored as they are")
+    }
+
+    #[inline(always)]
+    fn excess(self, simd: Avx512, excess: __m512, weights: __m512) -> __m512 {
+        // SAFETY: as above.
+        self.multiply_add(simd, as_vector(unsafe { _mm512_set1_epi8(i8::MIN) }), weights, excess)
+    }
+
+    #[inline(always)]
+    fn to_f32(self, simd: Avx512, sum: __m512, excess: __m512) -> __m512 {
+        // SAFETY: as above.
+        simd.ints_to_f32(as_vector(unsafe { _mm512_sub_epi32(as_ints(sum), as_ints(excess)) }))
     }
 }
 
