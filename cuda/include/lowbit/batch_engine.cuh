@@ -12,10 +12,7 @@
 namespace lowbit {
 
 // By a warp that needs the stage of a ring no more.
-__device__ __forceinline__ void release(uint32_t free_barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(free_barrier);
-}
+__device__ __forceinline__ void release(uint32_t free_barrier) { arrive_as_warp(free_barrier); }
 
 #if defined(LOWBIT_HAS_WGMMA)
 

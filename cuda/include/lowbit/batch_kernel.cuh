@@ -52,17 +52,17 @@ struct Batch {
 
   __device__ __forceinline__ void run() {
     if (blockDim.x != Shape::kThreads) __trap();
+    // Nothing but parameters is read before this, so that the launch may always be a dependent one.
     allow_next_kernel();
+    wait_for_previous_kernel();
+    if (operands.gate != nullptr && __ldcg(operands.gate) <= operands.gate_above) return;
     const int begin = share.begin(blockIdx.x), end = share.begin(blockIdx.x + 1);
     if (threadIdx.x < operands.stages) {
       init_barrier(ring.barriers + threadIdx.x * 16, kArrivals);
-      init_barrier(ring.barriers + threadIdx.x * 16 + 8, kConsumers / 32);
+      init_barrier(ring.barriers + threadIdx.x * 16 + 8, kConsumers / 32 * kArrivalsOfWarp);
       publish_to_products();  // to the copy engine, too
     }
     __syncthreads();
-    // Nothing but parameters is read before this, so that the launch may always be a dependent one.
-    wait_for_previous_kernel();
-    if (operands.gate != nullptr && __ldcg(operands.gate) <= operands.gate_above) return;
     if (begin == end) return;
     if (warp < kConsumers / 32) {
       share_registers(true);
@@ -82,7 +82,7 @@ struct Batch {
 #if defined(LOWBIT_HAS_WGMMA)
 
   // A warp arrives when its scales are stored; the copy engine tells of the rest.
-  static constexpr int kArrivals = Shape::kProducers / 32;
+  static constexpr int kArrivals = Shape::kProducers / 32 * kArrivalsOfWarp;
 
   __device__ __forceinline__ void produce(int begin, int end, int thread) {
     const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
@@ -97,8 +97,7 @@ struct Batch {
         wait_for_phase(place.free(), place.parity ^ 1);
         if (thread == 0) tiles.copy_step(place.stage, place.full());
         scaler.store(step, place.stage, layout);
-        __syncwarp();
-        if (lane == 0) arrive(place.full());
+        arrive_as_warp(place.full());
         place.advance(ring);
       }
       left -= count;

@@ -15,6 +15,19 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
+// By a warp, of all that its lanes did before: one lane arrives for it. compute-sanitizer's racecheck does not follow
+// __syncwarp and takes what the other lanes did for unordered; to be checked by it, every lane arrives.
+#if defined(LOWBIT_EVERY_LANE_ARRIVES)
+constexpr int kArrivalsOfWarp = 32;
+__device__ __forceinline__ void arrive_as_warp(uint32_t barrier) { arrive(barrier); }
+#else
+constexpr int kArrivalsOfWarp = 1;
+__device__ __forceinline__ void arrive_as_warp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+#endif
+
 // The phase does not end before so many bytes more have been copied.
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
