@@ -273,7 +273,7 @@ def shared_rows(x: Tensor, threshold: float, rows: Int8Rows | None) -> SharedRow
 def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` with x [..., K] in int8 as ``rows`` has it, but for columns of outliers.
 
-    With more of these than ``CUDA_SIDE_NUMBERS`` x is multiplied as it is, where a kernel does that; the device decides.
+    With more of these than ``CUDA_SIDE_NUMBERS`` x is multiplied as it is, where a kernel does so: the device decides.
     """
     x, tokens, row_stride = rows_of(x)
     out = x.new_empty((*x.shape[:-1], weight.rows))
