@@ -22,8 +22,15 @@ use super::parallel;
 use super::simd::Simd;
 use crate::storage::PackedWeight;
 
-/// Vectors of outputs in a register tile: with 8 tokens it fills 24 of 32 registers, with 4 tokens 12 of 16.
-const VECTORS: usize = 3;
+/// Most vectors of outputs in a register tile.
+const MAX_VECTORS: usize = 3;
+
+/// Vectors of outputs in a register tile: with 8 tokens it fills 24 of 32 registers, with 4 tokens 8 of 16. With twelve of them
+/// the compiler keeps one in memory, at twice the time.
+const fn vectors<S: Simd>() -> usize {
+    if S::TILE_TOKENS >= 8 { MAX_VECTORS } else { 2 }
+}
+
 /// Terms of the sum that are decoded at once: a panel of 48 outputs takes 96 KiB in fp32, a tile of 8 tokens 16 KiB. A
 /// multiple of every ISA's group of words.
 const TERMS: usize = 512;
@@ -124,7 +131,7 @@ impl Kernel for PanelWidth {
 
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) -> usize {
-        VECTORS * S::LANES
+        vectors::<S>() * S::LANES
     }
 }
 
@@ -143,7 +150,7 @@ impl TermsKernel for Strip<'_> {
     #[inline(always)]
     fn run<S: Simd, T: Terms<S>>(mut self, simd: S, numbers: T) {
         let Product { weight, direction, .. } = *self.product;
-        let width = VECTORS * S::LANES;
+        let width = vectors::<S>() * S::LANES;
         let (_, terms) = direction.outputs_and_terms(weight);
         let mut panels = vec![0.0; TERMS / T::PACK * self.stride];
         let mut excess = vec![0.0; self.stride];
@@ -169,7 +176,7 @@ impl Strip<'_> {
         (panels, excess): (&[f32], &[f32]),
         terms: &Range<usize>,
     ) {
-        let width = VECTORS * S::LANES;
+        let width = vectors::<S>() * S::LANES;
         let lanes = terms.start / T::PACK..terms.end.div_ceil(T::PACK);
         for tokens in tiles(self.product.x.tokens, S::TILE_TOKENS) {
             let x = self.product.x.tile(&tokens, &lanes);
@@ -192,9 +199,9 @@ impl Strip<'_> {
 struct Tile<'a> {
     /// `[lanes][TOKENS]`, fp32 by their bits.
     x: &'a [u32],
-    /// `[lanes][VECTORS * LANES]`.
+    /// `[lanes][vectors * LANES]`.
     panel: &'a [f32],
-    /// `[VECTORS * LANES]`.
+    /// `[vectors * LANES]`.
     excess: &'a [f32],
     sums: &'a mut [f32],
     stride: usize,
@@ -203,27 +210,29 @@ struct Tile<'a> {
 impl Tile<'_> {
     #[inline(always)]
     fn run<S: Simd, T: Terms<S>, const TOKENS: usize>(self, simd: S, numbers: T) {
-        let width = VECTORS * S::LANES;
+        let width = vectors::<S>() * S::LANES;
         let lanes = self.panel.len() / width;
         assert!(self.excess.len() >= width);
         assert!(self.x.len() >= lanes * TOKENS && self.sums.len() >= (TOKENS - 1) * self.stride + width);
         let (x, panel, sums) = (self.x.as_ptr(), self.panel.as_ptr(), self.sums.as_mut_ptr());
-        let mut tile = [[simd.splat(0.0); VECTORS]; TOKENS];
+        let mut tile = [[simd.splat(0.0); MAX_VECTORS]; TOKENS];
         for lane in 0..lanes {
             // SAFETY: within the bounds asserted above.
             unsafe {
-                let w: [S::Vector; VECTORS] =
-                    std::array::from_fn(|v| simd.load(panel.add(lane * width + v * S::LANES)));
+                let mut weights = [simd.splat(0.0); MAX_VECTORS];
+                for (v, w) in weights.iter_mut().enumerate().take(vectors::<S>()) {
+                    *w = simd.load(panel.add(lane * width + v * S::LANES));
+                }
                 for (token, tile) in tile.iter_mut().enumerate() {
                     let x = simd.splat(f32::from_bits(*x.add(lane * TOKENS + token)));
-                    for (sum, w) in tile.iter_mut().zip(w) {
+                    for (sum, w) in tile.iter_mut().zip(weights).take(vectors::<S>()) {
                         *sum = numbers.multiply_add(simd, x, w, *sum);
                     }
                 }
             }
         }
         for (token, tile) in tile.into_iter().enumerate() {
-            for (v, sum) in tile.into_iter().enumerate() {
+            for (v, sum) in tile.into_iter().enumerate().take(vectors::<S>()) {
                 // SAFETY: within the bounds asserted above.
                 unsafe {
                     let to = sums.add(token * self.stride + v * S::LANES);

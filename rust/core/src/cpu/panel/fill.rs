@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::numbers::Terms;
-use super::{Direction, TERMS, VECTORS};
+use super::{Direction, TERMS, vectors};
 use crate::cpu::codes::{Codes, load_words};
 use crate::cpu::dequantize::{BlockScales, decode_row};
 use crate::cpu::scales::{prefetch_scale, read_scales, read_shifts};
@@ -17,7 +17,7 @@ struct Chunk {
     first: usize,
 }
 
-/// Decodes parts of the weight into panels, `[terms / PACK][VECTORS * LANES]` lanes; codes themselves stay what they are.
+/// Decodes parts of the weight into panels, `[terms / PACK][vectors * LANES]` lanes; codes themselves stay what they are.
 pub(super) struct Filler<'a, S: Simd, T> {
     weight: &'a PackedWeight<'a>,
     simd: S,
@@ -36,7 +36,7 @@ pub(super) struct Filler<'a, S: Simd, T> {
 }
 
 impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
-    const WIDTH: usize = VECTORS * S::LANES;
+    const WIDTH: usize = vectors::<S>() * S::LANES;
 
     pub(super) fn new(weight: &'a PackedWeight<'a>, simd: S, terms: T, strip: usize) -> Self {
         let [decoded, columns, scales, shifts, rows] = [const { Vec::new() }; 5];
@@ -67,7 +67,7 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
     #[inline(always)]
     fn fill_forward<C: Codes<S>>(&mut self, codes: C, terms: &Range<usize>, first: usize, panel: &mut [f32]) {
         let layout = self.weight.layout();
-        for vector in 0..VECTORS {
+        for vector in 0..vectors::<S>() {
             let first = first + vector * S::LANES;
             let row = |lane: usize| (first + lane).min(layout.rows - 1);
             if layout.straddles_rows {
@@ -147,7 +147,7 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
     #[inline(always)]
     fn fill_codes<C: Codes<S>>(&self, terms: &Range<usize>, first: usize, panel: &mut [f32], excess: &mut [f32]) {
         let (simd, rows, next) = (self.simd, self.weight.layout().rows, self.next(terms));
-        for vector in 0..VECTORS {
+        for vector in 0..vectors::<S>() {
             let row = |lane: usize| (first + vector * S::LANES + lane).min(rows - 1);
             let mut sum = simd.splat(0.0);
             for start in (terms.start..terms.end).step_by(S::LANES * C::PER_WORD) {
@@ -228,7 +228,7 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
                 let row = (terms.start + row).min(terms.end - 1);
                 decode_row(self.simd, codes, self.weight, row, cols.clone(), &mut self.blocks, &mut out[..cols.len()]);
             }
-            for vector in 0..VECTORS {
+            for vector in 0..vectors::<S>() {
                 let columns = [0, 1].map(|row| row * Self::WIDTH + vector * S::LANES);
                 // SAFETY: two rows of a panel's width were decoded, and a panel has an even number of terms.
                 unsafe {
