@@ -285,7 +285,7 @@ def linear_int8(weight: CudaWeight, x: Tensor, rows: Int8Rows, bias: Tensor | No
         side = torch.empty((tokens + weight.rows, CUDA_SIDE_NUMBERS), dtype=torch.int16, device=x.device)
     beside = None if side is None else (side.data_ptr(), side.numel())
     bias, addend = column(bias)
-    result = (out.data_ptr(), tokens * weight.rows, dtype_name(x.dtype))
+    result = (out.data_ptr(), tokens * weight.rows, values[2])
     stream = _stream(weight.device)
     parts = beside, addend, result, None if workspace is None else buffers_of(*workspace)
     _native.cuda_linear_int8(weight, values, tokens, row_stride, rows.buffers(), *parts, stream)

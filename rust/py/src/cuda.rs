@@ -334,7 +334,9 @@ fn cuda_linear_batch(
         let bias = optional_floats("bias", bias.as_ref())?;
         let workspace = BatchWorkspace { partials: buffer(partials), arrivals: buffer(arrivals) };
         // SAFETY: as for `cuda_dequantize`.
-        unsafe { cuda::linear_batch(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?, workspace) }
+        unsafe {
+            cuda::linear_batch(weight.queue(stream)?, &weight.weight, x, bias, floats("out", &out)?, workspace, None)
+        }
     })
 }
 

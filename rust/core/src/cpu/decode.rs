@@ -148,10 +148,8 @@ impl DecodeRows<'_> {
             for groups in parallel::ranges(row_dot.groups, groups_at_once) {
                 // Where a row is worked on in pieces, what comes next is the same piece of the rows below.
                 let piece = groups.len() * 4 * S::LANES;
-                let ahead =
-                    ahead.map(
-                        |bytes| if groups.len() == row_dot.groups { bytes } else { bytes.div_ceil(piece) * row_bytes },
-                    );
+                let is_whole = groups.len() == row_dot.groups;
+                let ahead = ahead.map(|bytes| if is_whole { bytes } else { bytes.div_ceil(piece) * row_bytes });
                 for (row, sums) in sums[..rows.len()].iter_mut().enumerate() {
                     // Up to the end of the weight: the last vector of a row may run on into the next, times zeros.
                     let bytes = &weight.codes()[(first + row) * row_bytes..];

@@ -6,7 +6,7 @@ use super::activations::Activations;
 use super::dot::Arithmetic;
 use super::int8_rows::{Codes, Int8Rows};
 use super::isa::{Isa, Kernel, dispatch};
-use super::panel::{self, Direction};
+use super::panel::{self, Direction, Source};
 use super::path::{self, ActivationFormat, Path};
 use super::simd::Simd;
 #[cfg(target_arch = "x86_64")]
@@ -113,7 +113,7 @@ impl Call<'_> {
             let (rows, first) = (x.rows(tokens.clone()), tokens.start);
             match self.path(format, x, tokens.len()) {
                 Path::Decode(arithmetic) => self.decode(arithmetic, &rows, first, out),
-                Path::Panel(numbers) => self.panel(numbers, &rows, first, out),
+                Path::Panel(numbers) => self.panel(numbers, Source::exact(&rows), &out.after(self.isa, first)),
                 #[cfg(target_arch = "x86_64")]
                 Path::Tiles(numbers) => {
                     let product = amx::Product::new(self.weight, self.direction, numbers, &rows, None, self.threads);
@@ -129,7 +129,9 @@ impl Call<'_> {
             match decode::Product::new(self.isa, arithmetic, self.weight, &rows, None) {
                 Some(product) => product.run(self.threads, &out.after(self.isa, first)),
                 // There are no integers for NaN and infinities; other tokens do not notice.
-                None if rows.tokens == 1 => self.panel(panel::Numbers::Fp32, &rows, first, out),
+                None if rows.tokens == 1 => {
+                    self.panel(panel::Numbers::Fp32, Source::exact(&rows), &out.after(self.isa, first));
+                }
                 None => (0..rows.tokens).for_each(|i| self.decode(arithmetic, &rows.rows(i..i + 1), first + i, out)),
             }
         }
@@ -151,10 +153,8 @@ impl Call<'_> {
 
     fn multiply_codes(&self, x: &Activations<'_>, codes: Codes<'_>, finish: &Finish<'_>) {
         let path = self.path(self.format, x, x.tokens);
-        if let Path::Panel(numbers) = path {
-            let source = panel::Source { x, rounded: Some(codes) };
-            let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, source, self.threads);
-            product.run(self.threads, finish);
+        if let Path::Panel(numbers @ panel::Numbers::Int8) = path {
+            self.panel(numbers, Source { x, rounded: Some(codes) }, finish);
             return;
         }
         #[cfg(target_arch = "x86_64")]
@@ -174,10 +174,9 @@ impl Call<'_> {
         }
     }
 
-    fn panel<T: Element>(&self, numbers: panel::Numbers, x: &Activations<'_>, first: usize, out: &Out<'_, T>) {
-        let source = panel::Source { x, rounded: None };
+    fn panel(&self, numbers: panel::Numbers, source: Source<'_>, finish: &Finish<'_>) {
         let product = panel::Product::new(self.isa, numbers, self.weight, self.direction, source, self.threads);
-        product.run(self.threads, &out.after(self.isa, first));
+        product.run(self.threads, finish);
     }
 }
 

@@ -82,7 +82,7 @@ impl<'a> Product<'a> {
         threads: usize,
     ) -> Self {
         let (outputs, terms) = direction.outputs_and_terms(weight);
-        let scales = source.rounded.filter(|_| numbers == Numbers::Int8).map(|rounded| {
+        let scales = source.rounded.map(|rounded| {
             let of_outputs = (0..outputs).map(|row| weight.scale(row)).collect();
             [rounded.scales().to_vec(), of_outputs]
         });

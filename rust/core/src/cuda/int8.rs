@@ -9,12 +9,11 @@ use super::driver::check;
 use super::int8_plan::{BOX_BYTES, TILE_TOKENS, gather, pays_from, product, rounding};
 use super::launch::{Argument, Arguments, Pointer, launch};
 use super::linear::DeviceActivations;
-use super::linear_batch::{BatchWorkspace, Gate, linear_batch_behind};
+use super::linear_batch::{BatchWorkspace, Gate, linear_batch};
 use super::plan::Capability;
 use super::tensor_map::{Fetch, Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
 use super::{Device, Queue};
-use crate::dtype::Dtype;
 use crate::format::{BlockSize, Format};
 use crate::{Error, Result};
 
@@ -276,20 +275,15 @@ pub unsafe fn linear_int8(
     let (plan, box_rows) = product(out.dtype, layout, x.tokens, queue.device.capability());
     let maps = product_maps(weight, x.tokens, &rows, side, box_rows)?;
     let behind = rows.outliers.zip(workspace).map(|(outliers, workspace)| (count_of(outliers, layout.cols), workspace));
-    let most_outliers = if behind.is_some() { SIDE_NUMBERS as i32 / parts(x.values.dtype) } else { i32::MAX };
-    let operands = ProductOperands { most_outliers, ..product_operands(weight, &x, &rows, bias, out) };
+    let most_outliers = if behind.is_some() { SIDE_NUMBERS as i32 } else { i32::MAX };
+    let operands = product_operands(weight, &x, &rows, bias, out, most_outliers);
     let arguments = Arguments::new().with(&maps).with(&operands);
     // SAFETY: the parameters of the kernels of `cuda/linear_int8.cu`; lengths were checked, the rest is the caller's.
     unsafe { launch(queue, &plan, arguments, &[x.tokens, layout.rows, layout.cols])? };
     let Some((address, workspace)) = behind else { return Ok(()) };
     let gate = Gate { address, above: most_outliers };
     // SAFETY: handed on to the caller.
-    unsafe { linear_batch_behind(queue, weight, x, bias, out, workspace, Some(gate)) }
-}
-
-/// Numbers of 16 bits that an outlier becomes: `kParts` of `int8_rows.cuh`.
-fn parts(dtype: Dtype) -> i32 {
-    if dtype == Dtype::Float32 { 2 } else { 1 }
+    unsafe { linear_batch(queue, weight, x, bias, out, workspace, Some(gate)) }
 }
 
 /// Where the number of columns of outliers lies.
@@ -382,6 +376,7 @@ fn product_operands(
     rows: &DeviceRows,
     bias: Option<DeviceFloats>,
     out: DeviceFloats,
+    most_outliers: i32,
 ) -> ProductOperands {
     let layout = weight.layout();
     let row_bytes = layout.rows * out.dtype.size();
@@ -402,6 +397,6 @@ fn product_operands(
         weight_scale_dtype: number(weight.spec().scale_dtype),
         bias_dtype: bias.map_or(0, |bias| number(bias.dtype)),
         is_aligned: (row_bytes.is_multiple_of(16) && out.buffer.address.is_multiple_of(16)).into(),
-        most_outliers: i32::MAX,
+        most_outliers,
     }
 }

@@ -88,42 +88,26 @@ fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Opt
     batch::plan(&problem, device.capability())
 }
 
+/// What decides on the device whether a product is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct Gate {
+    /// The address of an int32 that work before on the queue has written.
+    pub address: u64,
+    /// The product is done where that is above this.
+    pub above: i32,
+}
+
 /// `out[m, n] = sum_k x[m, k] * w[n, k] + bias[n]`, summed in fp32 and rounded once to the dtype of `out`,
 /// `[tokens, rows]`, which is that of `x`. A weight is the product of a code's value, rounded to that dtype, and its scale,
-/// rounded once more.
+/// rounded once more. Behind a `gate` that is closed nothing is done.
 ///
 /// # Errors
 /// `Unsupported` where [`batch_sizes`] gives none.
 ///
 /// # Safety
 /// All buffers are in memory of the queue's device and alive until the work is done; nobody else uses `out` or `workspace`
-/// meanwhile.
+/// meanwhile. What a gate is decided by is in that memory, too.
 pub unsafe fn linear_batch(
-    queue: Queue,
-    weight: &DeviceWeight,
-    x: DeviceActivations,
-    bias: Option<DeviceFloats>,
-    out: DeviceFloats,
-    workspace: BatchWorkspace,
-) -> Result<()> {
-    // SAFETY: handed on to the caller.
-    unsafe { linear_batch_behind(queue, weight, x, bias, out, workspace, None) }
-}
-
-/// What decides on the device whether a product is wanted.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Gate {
-    /// The address of an int32 that work before on the queue has written.
-    pub(super) address: u64,
-    /// The product is done where that is above this.
-    pub(super) above: i32,
-}
-
-/// As [`linear_batch`], which does nothing where a gate is closed.
-///
-/// # Safety
-/// As there; what the gate is decided by is in memory of the queue's device, too.
-pub(super) unsafe fn linear_batch_behind(
     queue: Queue,
     weight: &DeviceWeight,
     x: DeviceActivations,

@@ -32,7 +32,7 @@ pub use device::Device;
 pub use grouped::linear_grouped;
 pub use int8::{DeviceRows, SIDE_NUMBERS, codes_stride, linear_int8, outlier_words, round_rows, rounded_from};
 pub use linear::{DeviceActivations, MAX_TOKENS, linear};
-pub use linear_batch::{BatchWorkspace, batch_sizes, linear_batch};
+pub use linear_batch::{BatchWorkspace, Gate, batch_sizes, linear_batch};
 pub use norm::{DeviceAffine, DeviceResidual, norm, norm_rounded};
 pub use norm_backward::{DeviceGradient, norm_backward, norm_sum_lines};
 pub use quantize::{DeviceSource, Workspace, quantize};

@@ -57,20 +57,28 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
     ) {
         assert!(terms.len() <= TERMS && panel.len() >= TERMS / T::PACK * Self::WIDTH);
         match direction {
-            Direction::Forward if T::PACK == C::PER_WORD => self.fill_codes::<C>(terms, first, panel, excess),
-            Direction::Forward => self.fill_forward(codes, terms, first, panel),
+            Direction::Forward => self.fill_forward(codes, terms, first, panel, excess),
             Direction::Gradient => self.fill_gradient(codes, terms, first, panel),
         }
     }
 
     /// Terms are columns, outputs are the rows from `first` on; rows behind the last repeat it.
     #[inline(always)]
-    fn fill_forward<C: Codes<S>>(&mut self, codes: C, terms: &Range<usize>, first: usize, panel: &mut [f32]) {
+    fn fill_forward<C: Codes<S>>(
+        &mut self,
+        codes: C,
+        terms: &Range<usize>,
+        first: usize,
+        panel: &mut [f32],
+        excess: &mut [f32],
+    ) {
         let layout = self.weight.layout();
         for vector in 0..vectors::<S>() {
             let first = first + vector * S::LANES;
             let row = |lane: usize| (first + lane).min(layout.rows - 1);
-            if layout.straddles_rows {
+            if T::PACK == C::PER_WORD {
+                self.fill_codes::<C>(terms, row, vector, panel, &mut excess[vector * S::LANES..][..S::LANES]);
+            } else if layout.straddles_rows {
                 self.fill_straddling(codes, terms, row, vector, panel);
             } else {
                 self.fill_rows(codes, terms, row, vector, panel);
@@ -143,28 +151,31 @@ impl<'a, S: Simd, T: Terms<S>> Filler<'a, S, T> {
         words
     }
 
-    /// Codes of rows of int8, transposed alone.
+    /// The same for codes that are multiplied as they are.
     #[inline(always)]
-    fn fill_codes<C: Codes<S>>(&self, terms: &Range<usize>, first: usize, panel: &mut [f32], excess: &mut [f32]) {
-        let (simd, rows, next) = (self.simd, self.weight.layout().rows, self.next(terms));
-        for vector in 0..vectors::<S>() {
-            let row = |lane: usize| (first + vector * S::LANES + lane).min(rows - 1);
-            let mut sum = simd.splat(0.0);
-            for start in (terms.start..terms.end).step_by(S::LANES * C::PER_WORD) {
-                let words = self.load_columns(start, terms, next, &row);
-                for (index, &words) in words[..S::LANES].iter().enumerate() {
-                    let lane = (start - terms.start) / C::PER_WORD + index;
-                    debug_assert!(lane < TERMS / C::PER_WORD);
-                    // SAFETY: a panel has room for whole groups of terms.
-                    unsafe {
-                        simd.store(panel.as_mut_ptr().add(lane * Self::WIDTH + vector * S::LANES), words);
-                    }
-                    sum = self.terms.excess(simd, sum, words);
-                }
+    fn fill_codes<C: Codes<S>>(
+        &self,
+        terms: &Range<usize>,
+        row: impl Fn(usize) -> usize,
+        vector: usize,
+        panel: &mut [f32],
+        excess: &mut [f32],
+    ) {
+        let (simd, next) = (self.simd, self.next(terms));
+        let mut sum = simd.splat(0.0);
+        for start in (terms.start..terms.end).step_by(S::LANES * C::PER_WORD) {
+            let words = self.load_columns(start, terms, next, &row);
+            for (index, &words) in words[..S::LANES].iter().enumerate() {
+                let lane = (start - terms.start) / C::PER_WORD + index;
+                debug_assert!(lane < TERMS / C::PER_WORD);
+                // SAFETY: a panel has room for whole groups of terms.
+                unsafe { simd.store(panel.as_mut_ptr().add(lane * Self::WIDTH + vector * S::LANES), words) };
+                sum = self.terms.excess(simd, sum, words);
             }
-            // SAFETY: there is room for a vector of each panel's.
-            unsafe { simd.store(excess[vector * S::LANES..][..S::LANES].as_mut_ptr(), sum) };
         }
+        assert!(excess.len() >= S::LANES);
+        // SAFETY: as just asserted.
+        unsafe { simd.store(excess.as_mut_ptr(), sum) };
     }
 
     /// What is filled after a chunk of a row. It is asked for while this one is: short pieces of rows are no stream that

@@ -28,6 +28,13 @@ pub(in crate::cpu) struct Source<'a> {
     pub(in crate::cpu) rounded: Option<Codes<'a>>,
 }
 
+impl<'a> Source<'a> {
+    /// Activations as they are.
+    pub(in crate::cpu) fn exact(x: &'a Activations<'a>) -> Self {
+        Self { x, rounded: None }
+    }
+}
+
 /// How terms lie in 32-bit lanes, and the instruction that multiplies them.
 pub(in crate::cpu) trait Terms<S: Simd>: Copy {
     /// Neighbouring terms in a lane: 1, 2, or 4 that are codes of the weight.
