@@ -84,6 +84,11 @@ struct SplitNumbers {
   uint2 scale, shift;
 };
 
+// Of rows g and g + 8 of a lane.
+struct RowNumbers {
+  SplitNumbers upper, lower;
+};
+
 template <typename T, bool kShift>
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t values, const SplitNumbers& numbers) {
   const Pair<T> value = pair_of<T>(values), high = pair_of<T>(numbers.scale.x), low = pair_of<T>(numbers.scale.y);
@@ -133,13 +138,14 @@ struct BatchDecoder {
     else convert(a, stage, tile, sixteenth);
   }
 
-  // And with their scales and shifts.
+  // And with their scales and shifts. Common weights keep `numbers` for 64 in-features.
   template <bool kIsCommon, int kCount>
-  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
+  __device__ __forceinline__ void decode(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth,
+                                         RowNumbers& numbers) const {
+    if (kIsCommon && sixteenth % 4 == 0) numbers = load_numbers<false>(stage, tile, sixteenth);
     decode_values<kIsCommon>(a, stage, tile, sixteenth);
-    if (kIsCommon) scale<false, true>(a, stage, tile, sixteenth);
-    else if (has_shift) scale<true, false>(a, stage, tile, sixteenth);
-    else scale<false, false>(a, stage, tile, sixteenth);
+    if (has_shift && !kIsCommon) scale<true, false>(a, stage, tile, sixteenth, numbers);
+    else scale<false, kIsCommon>(a, stage, tile, sixteenth, numbers);
   }
 
   // Whether it is of what most weights are: 4 bits, no shifts, and blocks of at least 64.
@@ -155,22 +161,28 @@ struct BatchDecoder {
   static constexpr int kLogSixteenths = Shape::kPanels == 1 ? 2 : 3;
   uint32_t lane_offset;
 
-  // With `kOneBlock` these in-features are of one block.
-  template <bool kShift, bool kOneBlock, int kCount>
-  __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth) const {
-    SplitNumbers upper, lower;
+  template <bool kShift>
+  __device__ __forceinline__ RowNumbers load_numbers(uint32_t stage, int tile, int sixteenth) const {
+    RowNumbers numbers;
+    const int block = ((first + sixteenth) >> blocks_shift) - (first >> blocks_shift);
+    const uint32_t from = stage + scales + tile * 128 + block * (Shape::kRows * 8);
+    numbers.upper.scale = load_shared_8(from), numbers.lower.scale = load_shared_8(from + 64);
+    if constexpr (kShift) {
+      numbers.upper.shift = load_shared_8(from + shift_distance);
+      numbers.lower.shift = load_shared_8(from + shift_distance + 64);
+    }
+    return numbers;
+  }
+
+  // With numbers that are loaded, or of the block of each sixteenth.
+  template <bool kShift, bool kIsLoaded, int kCount>
+  __device__ __forceinline__ void scale(uint32_t (&a)[kCount][4], uint32_t stage, int tile, int sixteenth,
+                                        RowNumbers& numbers) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i == 0 || !kOneBlock) {
-        const int block = ((first + sixteenth + i) >> blocks_shift) - (first >> blocks_shift);
-        const uint32_t from = stage + scales + tile * 128 + block * (Shape::kRows * 8);
-        upper.scale = load_shared_8(from), lower.scale = load_shared_8(from + 64);
-        if constexpr (kShift) {
-          upper.shift = load_shared_8(from + shift_distance), lower.shift = load_shared_8(from + shift_distance + 64);
-        }
-      }
+      if constexpr (!kIsLoaded) numbers = load_numbers<kShift>(stage, tile, sixteenth + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) a[i][j] = scaled_pair<T, kShift>(a[i][j], j % 2 == 0 ? upper : lower);
+      for (int j = 0; j < 4; ++j) a[i][j] = scaled_pair<T, kShift>(a[i][j], j % 2 == 0 ? numbers.upper : numbers.lower);
     }
   }
 

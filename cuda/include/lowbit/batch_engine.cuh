@@ -60,6 +60,7 @@ struct BatchEngine {
   struct Units {
     Operand a[2];
     float2 scales[2];
+    RowNumbers numbers;
     uint32_t free_before = 0;  // the barrier of the stage before, while its products are under way
   };
 
@@ -124,7 +125,7 @@ struct BatchEngine {
       units.scales[to] = decoder.scales_of_sums(stage, first);
       decoder.template decode_values<kIsCommon>(units.a[to], stage, 0, first);
     } else {
-      decoder.template decode<kIsCommon>(units.a[to], stage, 0, first);
+      decoder.template decode<kIsCommon>(units.a[to], stage, 0, first, units.numbers);
     }
   }
 
@@ -147,8 +148,8 @@ struct BatchEngine {
     for (int i = 0; i < kChunk; ++i) {
       const int sixteenth = chunk * kChunk + i;
       const uint32_t from = x + (sixteenth / 4 * Shape::kPanelBytes + sixteenth % 4 * 32) / 16;
-      if (Shape::kScalesSums && i == 0) multiply_tokens<T, kTokens, true>(sums, a[i], from);
-      else multiply_tokens<T, kTokens, false>(sums, a[i], from);
+      if (Shape::kScalesSums && i == 0) multiply_tokens<T, kTokens, true>(sums, a[i], whole_descriptor(from));
+      else multiply_tokens<T, kTokens, false>(sums, a[i], whole_descriptor(from));
     }
     end_products();
   }
@@ -203,7 +204,10 @@ struct BatchEngine {
       for (int first = 0; first < kSixteenths; first += kChunk) {
         uint32_t a[kRowTiles][kChunk][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) decoder.template decode<false>(a[i], place.stage, i, first);
+        for (int i = 0; i < kRowTiles; ++i) {
+          RowNumbers numbers;
+          decoder.template decode<false>(a[i], place.stage, i, first, numbers);
+        }
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) multiply_sixteenth(a, place.stage, slice_first + first, j);
       }

@@ -8,26 +8,38 @@
 
 namespace lowbit {
 
-// Sums of all rows of a tile and as many tokens as have room, in the gaps of the table of codes. Rows change places by
-// groups of 8, so that lanes of a fragment, four tokens apart by two, meet no bank twice.
+// Four sums of each thread of a slice, side by side in the gaps of the table of codes: of all rows of a tile, and of as many
+// tokens as have room.
 template <int kRows>
 struct BatchSums {
   static constexpr int kTokens = kGapBytes / (kRows * 4);
   uint8_t* table;
 
-  __device__ __forceinline__ uint8_t* in_gap(int byte) const {
-    return table + byte / kGap * kTableStride + kGap + byte % kGap;
+  __device__ __forceinline__ float4* four_at(int place) const {
+    const int byte = place * 16;
+    return reinterpret_cast<float4*>(table + byte / kGap * kTableStride + kGap + byte % kGap);
   }
-  __device__ __forceinline__ float* at(int token, int row) const {
-    return reinterpret_cast<float*>(in_gap((token * kRows + (row ^ (token >> 1 & 3) << 3)) * 4));
+};
+
+// Results of all rows of a tile and as many tokens as have room, as they lie in memory, in the same gaps. A token's chunks of
+// 8 rows change places, so that those of 8 tokens meet no bank twice.
+template <int kRows>
+struct BatchResults {
+  static constexpr int kChunks = kRows / 8, kGapChunks = kGap / 16;
+  static constexpr int kTokens = kGapBytes / (kRows * 2);
+  uint32_t table;
+
+  __device__ __forceinline__ uint32_t at(int token, int chunk) const {
+    const int gap = token * (kChunks / kGapChunks) + chunk / kGapChunks;
+    return table + gap * kTableStride + kGap + (chunk ^ token) % kGapChunks * 16;
   }
-  __device__ __forceinline__ float4* four_at(int place) const { return reinterpret_cast<float4*>(in_gap(place * 16)); }
 };
 
 template <typename T, typename Shape>
 struct Batch {
   using Engine = BatchEngine<T, Shape>;
   using Sums = BatchSums<Shape::kRows>;
+  using Results = BatchResults<Shape::kRows>;
   static constexpr int kRows = Shape::kRows, kTokens = Shape::kTokens, kConsumers = Shape::kConsumers;
   const Weight& w;
   const BatchOperands& operands;
@@ -253,30 +265,43 @@ struct Batch {
 
   // Turns the first slice's sums, as many tokens at a time as have room, from fragments into rows of results.
   __device__ __forceinline__ void write_tile(const Engine& engine, const BatchTile& tile) {
-    const Sums sums{table};
-    const int g = lane / 4, t = lane % 4;
+    const Results results{shared_address(table)};
 #pragma unroll
-    for (int token = 0; token < kTokens; token += Sums::kTokens) {
+    for (int token = 0; token < kTokens; token += Results::kTokens) {
       if (token >= tile.tokens_left) break;
       sync_consumers();
-#pragma unroll
-      for (int i = 0; i < Engine::kRowTiles; ++i) {
-#pragma unroll
-        for (int n = token / 8; n < kEights && n < (token + Sums::kTokens) / 8; ++n) {
-          if (Engine::slice(warp) != 0) break;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            *sums.at(n * 8 - token + t * 2 + j % 2, Engine::row(warp, i) + g + j / 2 * 8) = engine.d[i][n][j];
-          }
-        }
-      }
+      if (Engine::slice(warp) == 0) store_results(engine, tile, results, token);
       sync_consumers();
-      const int tokens = min(min(kTokens, tile.tokens_left) - token, Sums::kTokens);
-      for (int i = threadIdx.x; i < tokens * (kRows / 4); i += kConsumers) {
-        const int of = i / (kRows / 4), row = i % (kRows / 4) * 4;
-        write(tile, token + of, row, *reinterpret_cast<const float4*>(sums.at(of, row)));
+      const int tokens = min(min(kTokens, tile.tokens_left) - token, Results::kTokens);
+      for (int i = threadIdx.x; i < tokens * Results::kChunks; i += kConsumers) {
+        const int of = i / Results::kChunks, chunk = i % Results::kChunks;
+        write(tile, token + of, chunk * 8, load_shared_16(results.at(of, chunk)));
       }
     }
+  }
+
+  // With the bias, from token `first` on.
+  __device__ __forceinline__ void store_results(const Engine& engine, const BatchTile& tile, const Results& results,
+                                                int first) const {
+    const int token = lane / 16 * 8 + lane % 8, upper = lane / 8 % 2;
+#pragma unroll
+    for (int i = 0; i < Engine::kRowTiles; ++i) {
+      const int row = Engine::row(warp, i);
+      const float bias[2] = {bias_of(tile, row + lane / 4), bias_of(tile, row + lane / 4 + 8)};
+#pragma unroll
+      for (int n = first / 8; n < kEights && n < (first + Results::kTokens) / 8; n += 2) {
+        const float(&low)[4] = engine.d[i][n], (&high)[4] = engine.d[i][n + 1];
+        const uint32_t packed[4] = {pack<T>(low[0] + bias[0], low[1] + bias[0]), pack<T>(low[2] + bias[1], low[3] + bias[1]),
+                                    pack<T>(high[0] + bias[0], high[1] + bias[0]),
+                                    pack<T>(high[2] + bias[1], high[3] + bias[1])};
+        store_columns(results.at(n * 8 - first + token, row / 8 + upper), packed);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float bias_of(const BatchTile& tile, int row) const {
+    if (operands.bias == nullptr || row >= tile.rows_left) return 0.0f;
+    return load(operands.bias, operands.bias_dtype, tile.row + row);
   }
 
   // Whether the other parts of a tile have been written; then they are visible.
@@ -307,20 +332,19 @@ struct Batch {
     return bits_of<U>(low) | bits_of<U>(high) << 16;
   }
 
-  // Four rows of a token, with the bias.
-  __device__ __forceinline__ void write(const BatchTile& tile, int token, int row, const float4& sums) const {
-    float values[4] = {sums.x, sums.y, sums.z, sums.w};
+  // Eight rows of a token.
+  __device__ __forceinline__ void write(const BatchTile& tile, int token, int row, const uint4& results) const {
     T* out = static_cast<T*>(operands.out) + (tile.token + token) * w.rows + tile.row + row;
-    const int count = min(tile.rows_left - row, 4);
-    if (operands.bias != nullptr) {
-      for (int i = 0; i < count; ++i) values[i] += load(operands.bias, operands.bias_dtype, tile.row + row + i);
-    }
-    if (count == 4 && w.rows % 4 == 0) {
-      const uint2 packed = {pack<T>(values[0], values[1]), pack<T>(values[2], values[3])};
-      *reinterpret_cast<uint2*>(out) = packed;
+    const int count = min(tile.rows_left - row, 8);
+    if (count == 8 && w.rows % 8 == 0) {
+      *reinterpret_cast<uint4*>(out) = results;
       return;
     }
-    for (int i = 0; i < count; ++i) out[i] = from_float<T>(values[i]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i >= count) break;
+      reinterpret_cast<uint16_t*>(out)[i] = static_cast<uint16_t>(word_of(results, i / 2) >> i % 2 * 16);
+    }
   }
 };
 

@@ -111,6 +111,23 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) 
                : "memory");
 }
 
+// The reverse, transposed: lane l gives the address of column l % 8 of matrix l / 8, and has two numbers of row l / 4 of each.
+__device__ __forceinline__ void store_columns(uint32_t to, const uint32_t (&from)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(from[0]),
+               "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t columns;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(from[i]));
+    store_shared_4(__shfl_sync(0xffffffffu, to, i * 8 + lane / 4) + lane % 4 * 4, columns);
+  }
+#endif
+}
+
 // d = a b + c: a is 16 x 16, b 16 x 8, c and d are 16 x 8 in fp32. Lane 4 g + t holds of a, in pairs of columns, rows
 // g, g + 8, g, g + 8; of b column g; of d columns 2 t and 2 t + 1 of rows g and g + 8.
 template <typename T>

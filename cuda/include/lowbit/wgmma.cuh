@@ -53,75 +53,71 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t lower) {
   return static_cast<uint64_t>(kGroupOf8 | kSwizzle128) << 32 | lower;
 }
 
-// d += a b, of kTokens columns: a warp's rows are 16, and lanes hold of a and d what they do in `multiply_tile`.
-template <typename T, int kTokens>
-__device__ __forceinline__ void multiply_group(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
-// d = a b.
-template <typename T, int kTokens>
-__device__ __forceinline__ void multiply_first_group(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
-
-// Both, of so many columns: `adds` is "1" and `four` names registers that are read, too; or "0", and they are written alone.
-#define LOWBIT_FOUR(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-#define LOWBIT_NEW_FOUR(d) "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-#define LOWBIT_MULTIPLY_32(T, name, function, four, adds) \
-  template <> \
-  __device__ __forceinline__ void function<T, 32>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." name "." name " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, " \
-                 "{%16, %17, %18, %19}, %20, " adds ", 1, 1, 0;" \
-                 : four(d[0]), four(d[1]), four(d[2]), four(d[3]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define LOWBIT_MULTIPLY_64(T, name, function, four, adds) \
-  template <> \
-  __device__ __forceinline__ void function<T, 64>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-                 "{%32, %33, %34, %35}, %36, " adds ", 1, 1, 0;" \
-                 : four(d[0]), four(d[1]), four(d[2]), four(d[3]), four(d[4]), four(d[5]), four(d[6]), four(d[7]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define LOWBIT_MULTIPLY_128(T, name) \
-  template <> \
-  __device__ __forceinline__ void multiply_group<T, 128>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name " " \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;" \
-                 : LOWBIT_FOUR(d[0]), LOWBIT_FOUR(d[1]), LOWBIT_FOUR(d[2]), LOWBIT_FOUR(d[3]), \
-                   LOWBIT_FOUR(d[4]), LOWBIT_FOUR(d[5]), LOWBIT_FOUR(d[6]), LOWBIT_FOUR(d[7]), \
-                   LOWBIT_FOUR(d[8]), LOWBIT_FOUR(d[9]), LOWBIT_FOUR(d[10]), LOWBIT_FOUR(d[11]), \
-                   LOWBIT_FOUR(d[12]), LOWBIT_FOUR(d[13]), LOWBIT_FOUR(d[14]), LOWBIT_FOUR(d[15]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
-  }
-#define LOWBIT_MULTIPLY(T, name) \
-  LOWBIT_MULTIPLY_32(T, name, multiply_group, LOWBIT_FOUR, "1") \
-  LOWBIT_MULTIPLY_32(T, name, multiply_first_group, LOWBIT_NEW_FOUR, "0") \
-  LOWBIT_MULTIPLY_64(T, name, multiply_group, LOWBIT_FOUR, "1") \
-  LOWBIT_MULTIPLY_64(T, name, multiply_first_group, LOWBIT_NEW_FOUR, "0") \
-  LOWBIT_MULTIPLY_128(T, name)
-LOWBIT_MULTIPLY(bfloat16, "bf16")
-LOWBIT_MULTIPLY(float16, "f16")
-#undef LOWBIT_MULTIPLY
-#undef LOWBIT_MULTIPLY_32
-#undef LOWBIT_MULTIPLY_64
-#undef LOWBIT_MULTIPLY_128
-#undef LOWBIT_FOUR
-#undef LOWBIT_NEW_FOUR
-
-// The tokens of a tile by the largest products that they are made of; `x` describes the first. With `kIsFirst`, d = a b.
+// d += a b, or with `kIsFirst` d = a b, of kTokens columns: a warp's rows are 16, and lanes hold of a and d what they do in
+// `multiply_tile`.
 template <typename T, int kTokens, bool kIsFirst>
-__device__ __forceinline__ void multiply_tokens(float (*d)[4], const uint32_t (&a)[4], uint32_t x) {
-  constexpr int kFirst = kTokens >= 128 && !kIsFirst ? 128 : kTokens >= 64 ? 64 : 32;
-  if constexpr (kIsFirst) multiply_first_group<T, kFirst>(d, a, whole_descriptor(x));
-  else multiply_group<T, kFirst>(d, a, whole_descriptor(x));
-  if constexpr (kTokens > kFirst) {
-    multiply_tokens<T, kTokens - kFirst, kIsFirst>(d + kFirst / 8, a, x + kFirst * 128 / 16);
+__device__ __forceinline__ void multiply_tokens(float (*d)[4], const uint32_t (&a)[4], uint64_t b);
+
+// Sums as operands, which are read, too ("+"), or written alone ("="), and their names: 32 columns have 16.
+#define LOWBIT_FOUR(access, d) access "f"(d[0]), access "f"(d[1]), access "f"(d[2]), access "f"(d[3])
+#define LOWBIT_SUMS_32(access, d) \
+  LOWBIT_FOUR(access, (d)[0]), LOWBIT_FOUR(access, (d)[1]), LOWBIT_FOUR(access, (d)[2]), LOWBIT_FOUR(access, (d)[3])
+#define LOWBIT_SUMS_64(access, d) LOWBIT_SUMS_32(access, d), LOWBIT_SUMS_32(access, d + 4)
+#define LOWBIT_SUMS_96(access, d) LOWBIT_SUMS_64(access, d), LOWBIT_SUMS_32(access, d + 8)
+#define LOWBIT_SUMS_128(access, d) LOWBIT_SUMS_64(access, d), LOWBIT_SUMS_64(access, d + 8)
+#define LOWBIT_SUMS_192(access, d) LOWBIT_SUMS_128(access, d), LOWBIT_SUMS_64(access, d + 16)
+#define LOWBIT_SUMS_256(access, d) LOWBIT_SUMS_128(access, d), LOWBIT_SUMS_128(access, d + 16)
+#define LOWBIT_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LOWBIT_NAMES_64 LOWBIT_NAMES_32 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LOWBIT_NAMES_96 LOWBIT_NAMES_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define LOWBIT_NAMES_128 LOWBIT_NAMES_96 \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LOWBIT_NAMES_192 LOWBIT_NAMES_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define LOWBIT_NAMES_256 LOWBIT_NAMES_192 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+// `a` and `b` name the operands behind the sums.
+#define LOWBIT_PRODUCT(T, name, tokens, is_first, access, adds, a_names, b_name) \
+  template <> \
+  __device__ __forceinline__ void multiply_tokens<T, tokens, is_first>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." name "." name " " \
+                 "{" LOWBIT_NAMES_##tokens "}, {" a_names "}, " b_name ", " adds ", 1, 1, 0;" \
+                 : LOWBIT_SUMS_##tokens(access, d) \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
   }
-}
+#define LOWBIT_PRODUCTS(T, name, tokens, a_names, b_name) \
+  LOWBIT_PRODUCT(T, name, tokens, false, "+", "1", a_names, b_name) \
+  LOWBIT_PRODUCT(T, name, tokens, true, "=", "0", a_names, b_name)
+#define LOWBIT_PRODUCTS_OF(T, name) \
+  LOWBIT_PRODUCTS(T, name, 32, "%16, %17, %18, %19", "%20") \
+  LOWBIT_PRODUCTS(T, name, 64, "%32, %33, %34, %35", "%36") \
+  LOWBIT_PRODUCTS(T, name, 96, "%48, %49, %50, %51", "%52") \
+  LOWBIT_PRODUCTS(T, name, 128, "%64, %65, %66, %67", "%68") \
+  LOWBIT_PRODUCTS(T, name, 192, "%96, %97, %98, %99", "%100") \
+  LOWBIT_PRODUCTS(T, name, 256, "%128, %129, %130, %131", "%132")
+LOWBIT_PRODUCTS_OF(bfloat16, "bf16")
+LOWBIT_PRODUCTS_OF(float16, "f16")
+#undef LOWBIT_PRODUCTS_OF
+#undef LOWBIT_PRODUCTS
+#undef LOWBIT_PRODUCT
+#undef LOWBIT_NAMES_32
+#undef LOWBIT_SUMS_32
+#undef LOWBIT_NAMES_64
+#undef LOWBIT_SUMS_64
+#undef LOWBIT_NAMES_96
+#undef LOWBIT_SUMS_96
+#undef LOWBIT_NAMES_128
+#undef LOWBIT_SUMS_128
+#undef LOWBIT_NAMES_192
+#undef LOWBIT_SUMS_192
+#undef LOWBIT_NAMES_256
+#undef LOWBIT_SUMS_256
+#undef LOWBIT_FOUR
 
 }  // namespace lowbit
 

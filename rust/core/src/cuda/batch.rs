@@ -14,7 +14,7 @@ struct Kernel {
     panels: usize,
     /// Whether it applies scales to sums: for blocks of at least a panel, and no shifts.
     scales_sums: bool,
-    /// Nanoseconds of a step on a busy GPU with wgmma (H100) and without (H200); none where there is no such kernel.
+    /// Nanoseconds of a step on a busy H200 with wgmma and without; none where there is no such kernel.
     step: [Option<f64>; 2],
 }
 
@@ -34,13 +34,13 @@ macro_rules! kernel {
 /// Step times were fitted to `benches/cuda/linear_batch.cu`, NF4.
 const KERNELS: &[Kernel] = &[
     kernel!("linear_batch_narrow", 32, 2, true, [Some(650.0), None]),
-    kernel!("linear_batch_narrow", 64, 2, true, [Some(760.0), None]),
-    kernel!("linear_batch_narrow", 96, 2, true, [Some(870.0), None]),
+    kernel!("linear_batch_narrow", 64, 2, true, [Some(720.0), None]),
+    kernel!("linear_batch_narrow", 96, 2, true, [Some(860.0), None]),
     kernel!("linear_batch", 32, 2, false, [Some(880.0), Some(1040.0)]),
     kernel!("linear_batch", 64, 2, false, [Some(900.0), Some(1370.0)]),
-    kernel!("linear_batch_wide", 128, 1, false, [Some(530.0), None]),
-    kernel!("linear_batch_wide", 192, 1, false, [Some(640.0), None]),
-    kernel!("linear_batch_wide", 256, 1, false, [Some(880.0), None]),
+    kernel!("linear_batch_wide", 128, 1, false, [Some(515.0), None]),
+    kernel!("linear_batch_wide", 192, 1, false, [Some(595.0), None]),
+    kernel!("linear_batch_wide", 256, 1, false, [Some(850.0), None]),
 ];
 
 /// Threads with wgmma and without.
