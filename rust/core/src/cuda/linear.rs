@@ -114,7 +114,7 @@ unsafe fn linear_in_two(
 }
 
 /// What lies behind the first `count` elements.
-fn behind(floats: DeviceFloats, count: usize) -> DeviceFloats {
+pub(super) fn behind(floats: DeviceFloats, count: usize) -> DeviceFloats {
     let DeviceBuffer { address, len } = floats.buffer;
     DeviceFloats::new(address + (count * floats.dtype.size()) as u64, len - count, floats.dtype)
 }

@@ -1,9 +1,9 @@
 //! `y = x @ W^T + bias` for more tokens than [`linear`](super::linear()) takes, where a kernel does that in less time than
 //! unpacking the weight.
 
-use super::batch::{self, BatchPlan, BatchShare, BatchSizes, Boxes};
+use super::batch::{self, BatchPlan, BatchShare, BatchSizes, Boxes, Choice};
 use super::launch::{Argument, Arguments, Pointer, launch};
-use super::linear::{DeviceActivations, is_vectorized};
+use super::linear::{DeviceActivations, behind, is_vectorized, linear};
 use super::plan::{Operation, Problem};
 use super::tensor_map::{Fetch, Matrix, TensorMap};
 use super::weight::{DeviceBuffer, DeviceFloats, DeviceWeight, number};
@@ -70,13 +70,17 @@ impl Maps {
     }
 }
 
-/// The sizes of the workspace that [`linear_batch`] needs, and whether it takes less time than unpacking the weight; none
-/// where no kernel takes weight and activations.
+/// The sizes of the workspace that [`linear_batch`] needs, with a gate or without, and whether it takes less time than
+/// unpacking the weight; none where no kernel takes weight and activations.
 pub fn batch_sizes(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchSizes, bool)> {
-    planned(device, weight, x).map(|(planned, is_faster)| (planned.sizes, is_faster))
+    let [gated, free] = [false, true].map(|may_leave| planned(device, weight, x, may_leave));
+    let (gated, free) = (gated?, free?);
+    let (one, other) = (gated.planned.sizes, free.planned.sizes);
+    let sizes = BatchSizes { partials: one.partials.max(other.partials), arrivals: one.arrivals.max(other.arrivals) };
+    Some((sizes, free.is_faster))
 }
 
-fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchPlan, bool)> {
+fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations, may_leave: bool) -> Option<Choice> {
     let problem = Problem {
         operation: Operation::Linear,
         dtype: x.values.dtype,
@@ -85,7 +89,7 @@ fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Opt
         count: x.tokens,
         is_vectorized: is_vectorized(weight, x),
     };
-    batch::plan(&problem, device.capability())
+    batch::plan(&problem, device.capability(), may_leave)
 }
 
 /// What decides on the device whether a product is wanted.
@@ -121,11 +125,45 @@ pub unsafe fn linear_batch(
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
-    let (BatchPlan { plan, share, sizes, boxes }, _) =
-        planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
-            what: "a product with the packed weight",
-            reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
-        })?;
+    let choice = planned(queue.device, weight, &x, gate.is_none()).ok_or_else(|| Error::Unsupported {
+        what: "a product with the packed weight",
+        reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
+    })?;
+    let most = x.tokens - choice.left;
+    if choice.left > 0 {
+        let last =
+            DeviceActivations { values: behind(x.values, most * x.stride), tokens: choice.left, stride: x.stride };
+        // SAFETY: handed on to the caller.
+        unsafe { linear(queue, weight, last, bias, behind(out, most * layout.rows))? };
+    }
+    // SAFETY: handed on to the caller.
+    unsafe {
+        launch_batch(
+            queue,
+            weight,
+            DeviceActivations { tokens: most, ..x },
+            bias,
+            out,
+            workspace,
+            gate,
+            &choice.planned,
+        )
+    }
+}
+
+/// [`linear_batch`] by one kernel.
+#[allow(clippy::too_many_arguments)] // those of linear_batch, and what was planned for them
+unsafe fn launch_batch(
+    queue: Queue,
+    weight: &DeviceWeight,
+    x: DeviceActivations,
+    bias: Option<DeviceFloats>,
+    out: DeviceFloats,
+    workspace: BatchWorkspace,
+    gate: Option<Gate>,
+    &BatchPlan { plan, share, sizes, boxes }: &BatchPlan,
+) -> Result<()> {
+    let layout = weight.layout();
     for (name, buffer, needed) in
         [("partials", workspace.partials, sizes.partials), ("arrivals", workspace.arrivals, sizes.arrivals)]
     {
