@@ -147,9 +147,9 @@ struct BatchEngine {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int sixteenth = chunk * kChunk + i;
-      const uint32_t from = x + (sixteenth / 4 * Shape::kPanelBytes + sixteenth % 4 * 32) / 16;
-      if (Shape::kScalesSums && i == 0) multiply_tokens<T, kTokens, true>(sums, a[i], whole_descriptor(from));
-      else multiply_tokens<T, kTokens, false>(sums, a[i], whole_descriptor(from));
+      const uint64_t b = whole_descriptor(x + (sixteenth / 4 * Shape::kPanelBytes + sixteenth % 4 * 32) / 16);
+      if (Shape::kScalesSums && i == 0) multiply_tokens<T, kTokens, true>(sums, a[i], b);
+      else multiply_tokens<T, kTokens, false>(sums, a[i], b);
     }
     end_products();
   }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void multiply_tokens(float (*d)[4], const uint32_t (&
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// `a` and `b` name the operands behind the sums.
+// `a_names` and `b_name` are of the operands behind the sums.
 #define LOWBIT_PRODUCT(T, name, tokens, is_first, access, adds, a_names, b_name) \
   template <> \
   __device__ __forceinline__ void multiply_tokens<T, tokens, is_first>(float (*d)[4], const uint32_t (&a)[4], uint64_t b) { \

@@ -1,8 +1,8 @@
 //! The choice among the kernels of `cuda/linear_batch.cu`, whose head says what each takes, and between them and unpacking
 //! the weight for a library's product.
 
-use super::linear::MAX_TOKENS;
-use super::plan::{self, Capability, Operation, Plan, Problem, Share};
+use super::decode;
+use super::plan::{Capability, Operation, Plan, Problem, Share};
 use crate::dtype::Dtype;
 
 /// A kernel for tiles of up to `tokens` tokens.
@@ -122,15 +122,24 @@ pub struct BatchSizes {
 /// How a product of many tokens is done.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Choice {
-    pub(super) planned: BatchPlan,
-    /// Tokens at the end that the plan is not for: the kernels for few tokens take them in less time than a tile more would.
-    pub(super) left: usize,
-    /// Whether it takes less time than unpacking the weight.
+    /// By one kernel.
+    pub(super) whole: BatchPlan,
+    /// By one kernel but for so many tokens at the end, where the kernels for few tokens take less time than a tile more.
+    pub(super) divided: Option<(BatchPlan, usize)>,
+    /// Whether the quicker of these takes less time than unpacking the weight.
     pub(super) is_faster: bool,
 }
 
-/// The kernel that multiplies many tokens, where there is one; for all of them unless `may_leave`.
-pub(super) fn plan(problem: &Problem, capability: Capability, may_leave: bool) -> Option<Choice> {
+impl Choice {
+    /// Enough for either.
+    pub(super) fn sizes(&self) -> BatchSizes {
+        let (one, other) = (self.whole.sizes, self.divided.unwrap_or((self.whole, 0)).0.sizes);
+        BatchSizes { partials: one.partials.max(other.partials), arrivals: one.arrivals.max(other.arrivals) }
+    }
+}
+
+/// The kernel that multiplies many tokens, where there is one.
+pub(super) fn plan(problem: &Problem, capability: Capability) -> Option<Choice> {
     if !takes(problem, capability) {
         return None;
     }
@@ -140,26 +149,25 @@ pub(super) fn plan(problem: &Problem, capability: Capability, may_leave: bool) -
         candidates.min_by(|(a, _), (b, _)| a.total_cmp(b))
     };
     let (whole_time, whole) = best(problem.count)?;
-    let left = if may_leave { few_at_the_end(problem, capability) } else { 0 };
-    let divided = if left > 0 { best(problem.count - left) } else { None };
-    let divided = divided.map(|(time, planned)| (time + few_time(problem), planned));
-    let (time, planned, left) = match divided {
-        Some((time, planned)) if time < whole_time => (time, planned, left),
-        _ => (whole_time, whole, 0),
-    };
-    Some(Choice { planned, left, is_faster: time < unpacking_time(problem) })
+    let divided = few_at_the_end(problem, capability).and_then(|left| {
+        let (time, planned) = best(problem.count - left)?;
+        let time = time + few_time(problem);
+        (time < whole_time).then_some((time, (planned, left)))
+    });
+    let (time, divided) = divided.map_or((whole_time, None), |(time, divided)| (time, Some(divided)));
+    Some(Choice { whole, divided, is_faster: time < unpacking_time(problem) })
 }
 
-/// Tokens behind the last whole tile, where the kernels for few tokens take that many on tensor cores; else 0.
-fn few_at_the_end(problem: &Problem, capability: Capability) -> usize {
+/// Tokens behind the last whole tile, where the kernels for few tokens take that many on tensor cores.
+fn few_at_the_end(problem: &Problem, capability: Capability) -> Option<usize> {
     let left = problem.count % TILE_END;
-    let few = Problem { count: left, ..*problem };
-    let is_few = problem.count > TILE_END && (1..=MAX_TOKENS).contains(&left);
-    let is_decoded = is_few && plan::plan(&few, capability).is_ok_and(|plan| plan.image == "linear_decode");
-    if is_decoded { left } else { 0 }
+    if problem.count < TILE_END {
+        return None;
+    }
+    decode::plan(&Problem { count: left, ..*problem }, capability).map(|_| left)
 }
 
-/// What up to [`MAX_TOKENS`] tokens take beside others, in nanoseconds.
+/// What up to 16 tokens take beside others, in nanoseconds.
 fn few_time(problem: &Problem) -> f64 {
     let layout = &problem.layout;
     let bits = layout.bits as f64 + 32.0 / layout.block_size as f64;
@@ -296,21 +304,25 @@ mod tests {
     #[test]
     fn few_tokens_keep_the_weight_packed_and_many_unpack_it() {
         let nf4 = |tokens| problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), tokens);
-        let few = plan(&nf4(32), HOPPER, true).expect("a kernel");
-        let launched = few.planned.plan;
+        let few = plan(&nf4(32), HOPPER).expect("a kernel");
+        let launched = few.whole.plan;
         assert_eq!((launched.entry, launched.threads, few.is_faster), ("linear_batch_narrow_bfloat16_32", 384, true));
-        assert_eq!(plan(&nf4(32), AMPERE, true).expect("a kernel").planned.plan.threads, 512);
-        assert!(!plan(&nf4(8192), HOPPER, true).expect("a kernel").is_faster);
+        assert_eq!(plan(&nf4(32), AMPERE).expect("a kernel").whole.plan.threads, 512);
+        assert!(!plan(&nf4(8192), HOPPER).expect("a kernel").is_faster);
     }
 
     #[test]
     fn few_tokens_behind_a_tile_are_left_to_the_kernels_for_few() {
-        let of = |format, tokens| problem(format, BlockSize::Elements(64), (14336, 4096), tokens);
-        let left = |tokens, may_leave| plan(&of(Format::Nf4, tokens), HOPPER, may_leave).expect("a kernel").left;
-        assert_eq!([256, 264, 272, 273, 100].map(|tokens| left(tokens, true)), [0, 8, 16, 0, 0]);
-        assert_eq!(left(264, false), 0);
-        let whole = plan(&of(Format::Nf4, 256), HOPPER, true).expect("a kernel").planned;
-        assert_eq!(plan(&of(Format::Nf4, 264), HOPPER, true).expect("a kernel").planned, whole);
+        let nf4 = |tokens| problem(Format::Nf4, BlockSize::Elements(64), (14336, 4096), tokens);
+        let choice = |tokens| plan(&nf4(tokens), HOPPER).expect("a kernel");
+        let left = |tokens| choice(tokens).divided.map_or(0, |(_, left)| left);
+        assert_eq!([256, 264, 272, 273, 100].map(left), [0, 8, 16, 0, 0]);
+        let (most, _) = choice(264).divided.expect("8 tokens are left");
+        assert_eq!(most, choice(256).whole);
+        // Who may not leave any has a plan and a workspace for all.
+        let (whole, sizes) = (choice(264).whole, choice(264).sizes());
+        assert_eq!((whole.share.token_tiles, most.share.token_tiles), (2, 1));
+        assert!(whole != most && sizes.partials >= whole.sizes.partials && sizes.partials >= most.sizes.partials);
     }
 
     #[test]
@@ -319,7 +331,7 @@ mod tests {
             for block_size in [16, 32, 64, 128, 4096] {
                 let problem = problem(format, BlockSize::Elements(block_size), (4096, 4096), 100);
                 for capability in [HOPPER, AMPERE] {
-                    let planned = plan(&problem, capability, true).expect("a kernel").planned;
+                    let planned = plan(&problem, capability).expect("a kernel").whole;
                     let blocks = 1 << planned.share.log_blocks;
                     assert!(blocks == 1 || blocks * block_size == 128 || blocks * block_size == 64);
                 }
@@ -335,10 +347,10 @@ mod tests {
             Problem { is_vectorized: false, ..nf4 },
             Problem { operation: Operation::Dequantize, ..nf4 },
         ] {
-            assert!(plan(&other, HOPPER, true).is_none(), "{other:?}");
+            assert!(plan(&other, HOPPER).is_none(), "{other:?}");
         }
-        assert!(plan(&nf4, Capability { compute: 75, ..AMPERE }, true).is_none());
+        assert!(plan(&nf4, Capability { compute: 75, ..AMPERE }).is_none());
         // Less shared memory than the table and three stages take.
-        assert!(plan(&nf4, ADA, true).is_none());
+        assert!(plan(&nf4, ADA).is_none());
     }
 }

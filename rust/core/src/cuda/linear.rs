@@ -104,11 +104,10 @@ unsafe fn linear_in_two(
 ) -> Result<()> {
     let rows = weight.layout().rows;
     for (first, tokens) in [(0, MAX_FLOAT32_TOKENS), (MAX_FLOAT32_TOKENS, x.tokens - MAX_FLOAT32_TOKENS)] {
-        let part = DeviceActivations { values: behind(x.values, first * x.stride), tokens, stride: x.stride };
         let mut sums = behind(out, first * rows);
         sums.buffer.len = tokens * rows;
         // SAFETY: handed on to the caller.
-        unsafe { linear(queue, weight, part, bias, sums)? };
+        unsafe { linear(queue, weight, x.part(first, tokens), bias, sums)? };
     }
     Ok(())
 }
@@ -128,6 +127,11 @@ pub(super) fn is_vectorized(weight: &DeviceWeight, x: &DeviceActivations) -> boo
 }
 
 impl DeviceActivations {
+    /// `tokens` rows from the row `first` on.
+    pub(super) fn part(&self, first: usize, tokens: usize) -> Self {
+        Self { values: behind(self.values, first * self.stride), tokens, stride: self.stride }
+    }
+
     /// That the elements are there, `terms` a row, that `out` has room for `outputs` a row, in the same dtype, and that a
     /// bias has as many elements.
     pub(super) fn check(

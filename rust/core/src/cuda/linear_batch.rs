@@ -73,14 +73,10 @@ impl Maps {
 /// The sizes of the workspace that [`linear_batch`] needs, with a gate or without, and whether it takes less time than
 /// unpacking the weight; none where no kernel takes weight and activations.
 pub fn batch_sizes(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<(BatchSizes, bool)> {
-    let [gated, free] = [false, true].map(|may_leave| planned(device, weight, x, may_leave));
-    let (gated, free) = (gated?, free?);
-    let (one, other) = (gated.planned.sizes, free.planned.sizes);
-    let sizes = BatchSizes { partials: one.partials.max(other.partials), arrivals: one.arrivals.max(other.arrivals) };
-    Some((sizes, free.is_faster))
+    planned(device, weight, x).map(|choice| (choice.sizes(), choice.is_faster))
 }
 
-fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations, may_leave: bool) -> Option<Choice> {
+fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations) -> Option<Choice> {
     let problem = Problem {
         operation: Operation::Linear,
         dtype: x.values.dtype,
@@ -89,7 +85,7 @@ fn planned(device: &Device, weight: &DeviceWeight, x: &DeviceActivations, may_le
         count: x.tokens,
         is_vectorized: is_vectorized(weight, x),
     };
-    batch::plan(&problem, device.capability(), may_leave)
+    batch::plan(&problem, device.capability())
 }
 
 /// What decides on the device whether a product is wanted.
@@ -125,45 +121,18 @@ pub unsafe fn linear_batch(
     if x.tokens == 0 || layout.rows == 0 {
         return Ok(());
     }
-    let choice = planned(queue.device, weight, &x, gate.is_none()).ok_or_else(|| Error::Unsupported {
+    let choice = planned(queue.device, weight, &x).ok_or_else(|| Error::Unsupported {
         what: "a product with the packed weight",
         reason: format!("no kernel takes {} of block size {}", layout.cols, layout.block_size),
     })?;
-    let most = x.tokens - choice.left;
-    if choice.left > 0 {
-        let last =
-            DeviceActivations { values: behind(x.values, most * x.stride), tokens: choice.left, stride: x.stride };
+    let (planned, left) = choice.divided.filter(|_| gate.is_none()).unwrap_or((choice.whole, 0));
+    let BatchPlan { plan, share, sizes, boxes } = planned;
+    let most = x.tokens - left;
+    if left > 0 {
         // SAFETY: handed on to the caller.
-        unsafe { linear(queue, weight, last, bias, behind(out, most * layout.rows))? };
+        unsafe { linear(queue, weight, x.part(most, left), bias, behind(out, most * layout.rows))? };
     }
-    // SAFETY: handed on to the caller.
-    unsafe {
-        launch_batch(
-            queue,
-            weight,
-            DeviceActivations { tokens: most, ..x },
-            bias,
-            out,
-            workspace,
-            gate,
-            &choice.planned,
-        )
-    }
-}
-
-/// [`linear_batch`] by one kernel.
-#[allow(clippy::too_many_arguments)] // those of linear_batch, and what was planned for them
-unsafe fn launch_batch(
-    queue: Queue,
-    weight: &DeviceWeight,
-    x: DeviceActivations,
-    bias: Option<DeviceFloats>,
-    out: DeviceFloats,
-    workspace: BatchWorkspace,
-    gate: Option<Gate>,
-    &BatchPlan { plan, share, sizes, boxes }: &BatchPlan,
-) -> Result<()> {
-    let layout = weight.layout();
+    let x = x.part(0, most);
     for (name, buffer, needed) in
         [("partials", workspace.partials, sizes.partials), ("arrivals", workspace.arrivals, sizes.arrivals)]
     {
