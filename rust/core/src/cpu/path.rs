@@ -66,8 +66,8 @@ pub(super) enum Path {
 }
 
 /// Time of one thread for 128 weights, in units of 1/2.6 ns: `weights` whatever the number of tokens, `tokens` for each
-/// token or, of tiles, for 16 of them. Measured with NF4 in blocks of 64 (docs/cpu.md), on Zen 4 what is for AVX-512 BF16 and
-/// on Sapphire Rapids the rest; other formats shift all of a line alike.
+/// token or, of tiles, for 16 of them. Measured with NF4 in blocks of 64 (docs/cpu.md), on Zen 4 what is for AVX-512 BF16, on
+/// Cascade Lake what is for AVX-512 VNNI and on Sapphire Rapids the rest; other formats shift all of a line alike.
 #[derive(Clone, Copy)]
 struct Cost {
     weights: f32,
@@ -116,7 +116,16 @@ const fn costs(isa: Isa) -> Costs {
             int8_panel: Some(cost(18.0, 1.7)),
             tiles,
         },
-        Isa::Amx | Isa::Avx512Vnni => Costs {
+        Isa::Avx512Vnni => Costs {
+            fp32: cost(9.0, 7.0),
+            int16: cost(9.0, 7.0),
+            int8: cost(7.0, 6.0),
+            panel: cost(100.0, 5.4),
+            bf16: None,
+            int8_panel: Some(cost(26.0, 1.3)),
+            tiles,
+        },
+        Isa::Amx => Costs {
             fp32: cost(9.0, 5.0),
             int16: cost(5.5, 4.0),
             int8: cost(3.5, 3.0),
