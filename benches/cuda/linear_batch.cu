@@ -1,6 +1,6 @@
 // Checks linear_batch against fp64 and times it: nvcc -std=c++17 -O3 -Xcompiler -fpermissive -I cuda/include
 // -gencode arch=compute_90a,code=sm_90a -o linear_batch benches/cuda/linear_batch.cu &&
-// ./linear_batch [check|time|profile|all] [part of a format's name]
+// ./linear_batch [check|sanitize|time|profile|all] [part of a format's name]
 // With arch=compute_90,code=sm_90 the kernels use mma.sync, as on other GPUs. -rdc=true, in place of -fpermissive, costs the
 // products registers.
 //
@@ -290,18 +290,27 @@ bool takes(const Kernel& kernel, const Format& f) {
   return !kernel.is_narrow || (!f.has_shift && (f.block_size == 0 || f.block_size >= 64));
 }
 
-int check_all(Data& d, const std::string& filter) {
+// What is checked.
+struct Cases {
+  std::vector<Shape> shapes;
+  std::vector<int> tokens, grids;
+};
+const Cases kAllCases = {
+    {{512, 1024}, {1000, 4160}, {77, 896}, {77, 1536}, {130, 96}, {16, 64}}, {1, 17, 33, 64, 100, 257}, {-1, 0, 7}};
+// For compute-sanitizer, which takes its time: tiles that are whole, shared and cut off.
+const Cases kFewCases = {{{130, 1536}}, {33, 257}, {-1, 3}};
+
+int check_all(Data& d, const std::string& filter, const Cases& cases) {
   int wrong = 0, count = 0;
-  const Shape shapes[] = {{512, 1024}, {1000, 4160}, {77, 896}, {130, 96}, {16, 64}};
   for (const Format& f : kFormats) {
     if (std::string(f.name).find(filter) == std::string::npos) continue;
     for (Dtype dtype : {kBf16, kF16}) {
       d.prepare(f, dtype);
       for (const Kernel& kernel : kKernels) {
         if (kernel.dtype != dtype || !takes(kernel, f)) continue;
-        for (const Shape& s : shapes) {
-          for (int tokens : {1, 17, 33, 64, 100, 257}) {
-            for (int grid : {-1, 0, 7}) wrong += check(d, kernel, f, s, tokens, grid), ++count;
+        for (const Shape& s : cases.shapes) {
+          for (int tokens : cases.tokens) {
+            for (int grid : cases.grids) wrong += check(d, kernel, f, s, tokens, grid), ++count;
           }
         }
       }
@@ -362,7 +371,8 @@ int main(int argc, char** argv) {
   std::printf("%s, %d SMs\n", properties.name, multiprocessors);
   Data data;
   int wrong = 0;
-  if (mode == "check" || mode == "all") wrong = check_all(data, filter);
+  if (mode == "check" || mode == "all") wrong = check_all(data, filter, kAllCases);
+  if (mode == "sanitize") wrong = check_all(data, filter, kFewCases);
   if (mode == "time" || mode == "all") time_all(data, filter);
   if (mode == "profile") profile(data);
   CHECK(cudaDeviceSynchronize());

@@ -142,10 +142,30 @@ struct StoredNumbers {
   float scale_2;
 };
 
+// Steps whose numbers are loaded together, among as many as a group has at most.
+struct StepGroup {
+  int begin, end;
+};
+
+// How scales are loaded: one at a time, whatever they are, or those of four steps at once.
+enum class ScaleLoads { kSingle, kFloat32Pieces, kDoubleQuantizedPieces };
+
+// Pieces are aligned: a block for each panel, no shifts, rows of whole groups of steps.
+template <typename Shape>
+__device__ __forceinline__ ScaleLoads scale_loads(const Weight& w) {
+  constexpr int kLogPanel = 6;
+  const bool has_pieces = w.block_shift == kLogPanel && w.shifts == nullptr && w.blocks_per_row % (4 * Shape::kPanels) == 0 &&
+                          reinterpret_cast<uintptr_t>(w.scales) % 16 == 0;
+  if (!has_pieces || (w.scale_2 == nullptr && w.scale_dtype != Dtype::kFloat32)) return ScaleLoads::kSingle;
+  return w.scale_2 == nullptr ? ScaleLoads::kFloat32Pieces : ScaleLoads::kDoubleQuantizedPieces;
+}
+
 // Scales and shifts, in groups of some steps of a tile: those of a group are loaded while those of the group before are
-// stored, so that nobody waits for memory. A thread has one row, or none.
-template <typename T, typename Shape>
+// stored, so that nobody waits for memory. A thread has one row, or none. A piece begins with a multiple of four steps; its
+// scales one at a time would ask the L1 cache for the same lines up to 8 times.
+template <typename T, typename Shape, ScaleLoads kLoads>
 struct BatchScaler {
+  static constexpr bool kInPieces = kLoads != ScaleLoads::kSingle;
   static_assert(Shape::kRows <= Shape::kProducers, "a thread for each row");
   static constexpr int kGroup = 4;
   // Of the first blocks of a step; small blocks have more, which are loaded when they are stored.
@@ -180,14 +200,15 @@ struct BatchScaler {
     load();
   }
 
-  // How many steps the next group has; asks for the numbers of the one after it.
-  __device__ __forceinline__ int next_group() {
-    const int count = min(min(kGroup, operands.steps - loading.in_tile), end - loading.step);
+  // The next group; asks for the numbers of the one after it.
+  __device__ __forceinline__ StepGroup next_group() {
+    const int first = kInPieces ? loading.in_tile % kGroup : 0;
+    const int count = min(min(kGroup - first, operands.steps - loading.in_tile), end - loading.step);
 #pragma unroll
     for (int step = 0; step < kGroup; ++step) {
 #pragma unroll
       for (int i = 0; i < kLoaded; ++i) {
-        scales[step][i] = scale_of_stored(numbers[step][i]) * multiplier;
+        scales[step][i] = (kInPieces ? scale_of_piece(step * kLoaded + i) : scale_of_stored(numbers[step][i])) * multiplier;
         if (!Shape::kScalesSums) shifts[step][i] = numbers[step][i].shift;
       }
     }
@@ -198,7 +219,7 @@ struct BatchScaler {
       if (loading.step < end) enter_tile();
     }
     if (loading.step < end) load();
-    return count;
+    return {first, first + count};
   }
 
   // Stores the numbers of step `step` of the group.
@@ -208,7 +229,7 @@ struct BatchScaler {
     for (int now = 0; now < kGroup; ++now) {
 #pragma unroll
       for (int i = 0; i < kLoaded; ++i) {
-        if (now != step || (i > 0 && i >> operands.log_blocks > 0)) continue;
+        if (now != step || (!kInPieces && i > 0 && i >> operands.log_blocks > 0)) continue;
         store_number(stage, layout, i, scales[now][i], shifts[now][i]);
       }
     }
@@ -223,6 +244,10 @@ struct BatchScaler {
   }
 
   __device__ __forceinline__ void load() {
+    if constexpr (kInPieces) {
+      load_piece();
+      return;
+    }
 #pragma unroll
     for (int step = 0; step < kGroup; ++step) {
 #pragma unroll
@@ -230,6 +255,35 @@ struct BatchScaler {
         if (i == 0 || i >> operands.log_blocks == 0) load_block(numbers[step][i], loading.in_tile + step, i, cols);
       }
     }
+  }
+
+  __device__ __forceinline__ void load_piece() {
+    const int64_t block = first_block + loading.in_tile / kGroup * kGroup * kLoaded;
+    constexpr int kCount = kGroup * kLoaded;
+    uint32_t words[kCount] = {};
+    float scale_2 = 0.0f;
+    if (cols > 0) {
+      if constexpr (kLoads == ScaleLoads::kFloat32Pieces) {
+        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const float*>(w.scales) + block);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) words[i] = word_of(from[i / 4], i % 4);
+      } else {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(w.scales) + block);
+#pragma unroll
+        for (int i = 0; i < kCount / 4; ++i) words[i] = from[i];
+        scale_2 = w.scale_2[block / kScalesPerScale2];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) numbers[i / kLoaded][i % kLoaded].scale = words[i];
+    numbers[0][0].scale_2 = scale_2;
+  }
+
+  // Of scale `index` of a piece.
+  __device__ __forceinline__ float scale_of_piece(int index) const {
+    const auto word = [this](int i) { return numbers[i / kLoaded][i % kLoaded].scale; };
+    if constexpr (kLoads == ScaleLoads::kFloat32Pieces) return __uint_as_float(word(index));
+    return scale_of_stored({word(index / 4) >> index % 4 * 8 & 0xff, 0, numbers[0][0].scale_2});
   }
 
   // The numbers of block `i` of a step, 0 past the end of a row of `cols`.
@@ -257,7 +311,7 @@ struct BatchScaler {
 
   // Blocks smaller than a panel.
   __device__ __forceinline__ void store_more(int step, uint32_t stage, const BatchStage& layout) const {
-    if (kLoaded >> operands.log_blocks != 0) return;
+    if (kInPieces || kLoaded >> operands.log_blocks != 0) return;
     const BatchTile tile(w, operands, Shape{}, storing.tile);
     BatchScaler row = *this;
     row.first_block = (tile.row + thread) * w.blocks_per_row;
@@ -276,7 +330,7 @@ struct BatchScaler {
       store_shared_4(place + layout.scales, __float_as_uint(scale));
     } else {
       store_shared_8(place + layout.scales, split_number<T>(scale));
-      if (w.shifts != nullptr) store_shared_8(place + layout.shifts, split_number<T>(float_of_stored(shift)));
+      if (!kInPieces && w.shifts != nullptr) store_shared_8(place + layout.shifts, split_number<T>(float_of_stored(shift)));
     }
   }
 

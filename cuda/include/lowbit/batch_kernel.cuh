@@ -97,22 +97,32 @@ struct Batch {
   static constexpr int kArrivals = Shape::kProducers / 32 * kArrivalsOfWarp;
 
   __device__ __forceinline__ void produce(int begin, int end, int thread) {
+    switch (scale_loads<Shape>(w)) {
+      case ScaleLoads::kFloat32Pieces: return produce_with<ScaleLoads::kFloat32Pieces>(begin, end, thread);
+      case ScaleLoads::kDoubleQuantizedPieces: return produce_with<ScaleLoads::kDoubleQuantizedPieces>(begin, end, thread);
+      default: return produce_with<ScaleLoads::kSingle>(begin, end, thread);
+    }
+  }
+
+  template <ScaleLoads kLoads>
+  __device__ __forceinline__ void produce_with(int begin, int end, int thread) {
     const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
     BatchTiles<Shape> tiles(w, operands, maps, layout, begin);
-    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    BatchScaler<T, Shape, kLoads> scaler(w, operands, begin, end, multiplier, thread);
     RingPlace place(ring);
     for (int left = end - begin; left > 0;) {
-      const int count = scaler.next_group();
+      const StepGroup group = scaler.next_group();
 #pragma unroll
       for (int step = 0; step < scaler.kGroup; ++step) {
-        if (step == count) break;
+        if (step < group.begin) continue;
+        if (step == group.end) break;
         wait_for_phase(place.free(), place.parity ^ 1);
         if (thread == 0) tiles.copy_step(place.stage, place.full());
         scaler.store(step, place.stage, layout);
         arrive_as_warp(place.full());
         place.advance(ring);
       }
-      left -= count;
+      left -= group.end - group.begin;
     }
   }
 
@@ -124,17 +134,17 @@ struct Batch {
   __device__ __forceinline__ void produce(int begin, int end, int thread) {
     const float multiplier = w.bits == 4 ? BatchCodebook(w, lane).divisor : kInt8Divisor<T>;
     BatchCopier<Shape> copier(w, operands, layout, begin, thread);
-    BatchScaler<T, Shape> scaler(w, operands, begin, end, multiplier, thread);
+    BatchScaler<T, Shape, ScaleLoads::kSingle> scaler(w, operands, begin, end, multiplier, thread);
     const int ahead = operands.stages / 2;
     RingPlace place(ring), published(ring);
-    int in_group = 0, group = 0;
+    StepGroup group = {0, 0};
 #pragma unroll 1
     for (int step = begin; step < end + ahead; ++step) {
       if (step < end) {
         wait_for_phase(place.free(), place.parity ^ 1);
         copier.copy_step(place.stage);
-        if (in_group == group) in_group = 0, group = scaler.next_group();
-        scaler.store(in_group++, place.stage, layout);
+        if (group.begin == group.end) group = scaler.next_group();
+        scaler.store(group.begin++, place.stage, layout);
         place.advance(ring);
       }
       commit_copies();
