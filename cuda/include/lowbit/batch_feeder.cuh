@@ -180,7 +180,7 @@ struct BatchScaler {
   StepCursor loading;     // the first step of the group that is loaded
   int64_t first_block;    // of the row, in the tile of `loading`
   int cols;               // of the row: 0 where the thread or the tile has no such row
-  StoredNumbers numbers[kGroup][kLoaded];
+  StoredNumbers numbers[kGroup][kLoaded];  // of a piece its words, one after the other in place of scales
   StepCursor storing;     // the next step
   float scales[kGroup][kLoaded];
   uint32_t shifts[kGroup][kLoaded];
