@@ -144,30 +144,32 @@ struct StoredNumbers {
 
 // Steps whose numbers are loaded together, among as many as a group has at most.
 struct StepGroup {
+  static constexpr int kMost = 4;
   int begin, end;
 };
 
-// How scales are loaded: one at a time, whatever they are, or those of four steps at once.
+// How scales are loaded: one at a time, whatever they are, or those of a group of steps at once.
 enum class ScaleLoads { kSingle, kFloat32Pieces, kDoubleQuantizedPieces };
 
 // Pieces are aligned: a block for each panel, no shifts, rows of whole groups of steps.
 template <typename Shape>
 __device__ __forceinline__ ScaleLoads scale_loads(const Weight& w) {
   constexpr int kLogPanel = 6;
-  const bool has_pieces = w.block_shift == kLogPanel && w.shifts == nullptr && w.blocks_per_row % (4 * Shape::kPanels) == 0 &&
+  const bool has_pieces = w.block_shift == kLogPanel && w.shifts == nullptr &&
+                          w.blocks_per_row % (StepGroup::kMost * Shape::kPanels) == 0 &&
                           reinterpret_cast<uintptr_t>(w.scales) % 16 == 0;
   if (!has_pieces || (w.scale_2 == nullptr && w.scale_dtype != Dtype::kFloat32)) return ScaleLoads::kSingle;
   return w.scale_2 == nullptr ? ScaleLoads::kFloat32Pieces : ScaleLoads::kDoubleQuantizedPieces;
 }
 
 // Scales and shifts, in groups of some steps of a tile: those of a group are loaded while those of the group before are
-// stored, so that nobody waits for memory. A thread has one row, or none. A piece begins with a multiple of four steps; its
+// stored, so that nobody waits for memory. A thread has one row, or none. A piece begins with a multiple of kGroup steps; its
 // scales one at a time would ask the L1 cache for the same lines up to 8 times.
 template <typename T, typename Shape, ScaleLoads kLoads>
 struct BatchScaler {
   static constexpr bool kInPieces = kLoads != ScaleLoads::kSingle;
   static_assert(Shape::kRows <= Shape::kProducers, "a thread for each row");
-  static constexpr int kGroup = 4;
+  static constexpr int kGroup = StepGroup::kMost;
   // Of the first blocks of a step; small blocks have more, which are loaded when they are stored.
   static constexpr int kLoaded = Shape::kPanels;
   const Weight& w;
@@ -244,10 +246,11 @@ struct BatchScaler {
   }
 
   __device__ __forceinline__ void load() {
-    if constexpr (kInPieces) {
-      load_piece();
-      return;
-    }
+    if constexpr (kInPieces) load_piece();
+    else load_blocks();
+  }
+
+  __device__ __forceinline__ void load_blocks() {
 #pragma unroll
     for (int step = 0; step < kGroup; ++step) {
 #pragma unroll
